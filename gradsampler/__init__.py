@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiable samplers for diffusion and flow models."""
+
+from gradsampler import backends, memory, noise, ops, schedules, solvers
+from gradsampler._version import __version__
+from gradsampler.observer import NonFiniteError, StepInfo
+from gradsampler.parameterization import EDM, VP, Flow, Guided
+from gradsampler.sample import sample
+from gradsampler.solvers import Churn
+from gradsampler.trajectory import GradientWarning
+
+__all__ = [
+    "EDM",
+    "VP",
+    "Churn",
+    "Flow",
+    "GradientWarning",
+    "Guided",
+    "NonFiniteError",
+    "StepInfo",
+    "__version__",
+    "backends",
+    "memory",
+    "noise",
+    "ops",
+    "sample",
+    "schedules",
+    "solvers",
+]

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of a run by its transposed program, one model call's activations at a time."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradsampler import replay
+from gradsampler.program import (
+    Z0,
+    Absorption,
+    Evaluation,
+    Pullback,
+    Slot,
+    Stage,
+    Terms,
+    transpose,
+)
+from gradsampler.trajectory import GradientWarning, Trajectory
+
+
+class States(Protocol):
+    """Keeps the states that the model was evaluated on, from the run until its backward."""
+
+    def save(self, index: int, x: Tensor) -> None:
+        """Keeps the state of evaluation ``index``; called in increasing order."""
+
+    def load(self, index: int) -> Tensor:
+        """Returns it; called in decreasing order."""
+
+    def release(self) -> list[Tensor]:
+        """Hands kept tensors over to autograd, which frees them and guards them from changes."""
+
+    def adopt(self, tensors: Sequence[Tensor]) -> None:
+        """Takes them back for the time of the backward run."""
+
+
+class Gradients:
+    """Sums of cotangents of what a run is differentiated by; None where it is not."""
+
+    def __init__(self, z0: Tensor | None, numbers: Tensor | None) -> None:
+        self.z0 = None if z0 is None else torch.zeros_like(z0)
+        self._count = None if numbers is None else len(numbers)
+        self._numbers: dict[int, Tensor] = {}  # by position; 0-d on the device of the run
+        self.tensors: dict[int, Tensor] = {}  # by id of the differentiated tensor
+
+    def add_z0(self, gradient: Tensor | None) -> None:
+        """Adds to the gradient of z0."""
+        if self.z0 is not None and gradient is not None:
+            self.z0.add_(gradient)
+
+    def number(self, position: int, value: Tensor, cotangent: Tensor) -> None:
+        """Adds <value, cotangent> to the gradient of a coefficient."""
+        if self._count is not None:
+            product = torch.sum(value.to(cotangent.dtype) * cotangent, dtype=torch.float64)
+            known = self._numbers.get(position)
+            self._numbers[position] = product if known is None else known + product
+
+    def numbers(self) -> Tensor | None:
+        """The gradient of all coefficients, [C] float64 on the CPU."""
+        if self._count is None:
+            return None
+        gradient = torch.zeros(self._count, dtype=torch.float64)
+        if self._numbers:
+            gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
+        return gradient
+
+    def tensor(self, tensor: Tensor, gradient: Tensor | None) -> None:
+        """Adds to the gradient of ``tensor``."""
+        if gradient is not None:
+            known = self.tensors.get(id(tensor))
+            self.tensors[id(tensor)] = gradient if known is None else known + gradient
+
+
+class Adjoint:
+    """A run that kept only the states its model calls saw, and the gradient of that run."""
+
+    def __init__(self, trajectory: Trajectory, states: States, z0: Tensor) -> None:
+        self._trajectory = trajectory
+        self._states = states
+        self._z0 = z0.detach()
+        self._numbers: list[float] = trajectory.program.coefficients.tolist()
+        self._levels = trajectory.program.coefficients.requires_grad
+        self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
+        self._circumstances: dict[Evaluation, replay.Circumstances] = {}
+        self._leaves: dict[int, Tensor] = {}
+        self._outer = False
+        self._detached = False
+        with torch.no_grad():
+            self.output = trajectory.forward(self._z0, self._numbers, self._record)
+
+    def inputs(self) -> list[Tensor]:
+        """All that the run depends on beside z0 and the coefficients, found leaves included."""
+        trajectory = self._trajectory
+        return [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._leaves.values()]
+
+    def release(self) -> list[Tensor]:
+        """Hands the kept states over, see `States`."""
+        return self._states.release()
+
+    def _call(self, evaluation: Evaluation, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The model's input and level as fresh leaves, and its outputs with their graph."""
+        scaled, level = self._trajectory.model_input(evaluation, x, self._numbers)
+        scaled = scaled.detach().requires_grad_()
+        level = level.clone().requires_grad_(self._levels)
+        cond = self._trajectory.cond.filled(self._cond)
+        return scaled, level, self._trajectory.call(evaluation, scaled, level, cond)
+
+    def _record(self, evaluation: Evaluation, x: Tensor) -> Sequence[Tensor]:
+        """Calls the model, keeps the state, and finds what else the call depends on."""
+        self._states.save(evaluation.state.call, x)
+        last = next(reversed(self._circumstances.values()), None)
+        self._circumstances[evaluation] = replay.Circumstances(x.device, last)
+        since = replay.mark()
+        with torch.enable_grad():
+            scaled, level, outputs = self._call(evaluation, x)
+        found = replay.reached(outputs, since)
+        self._outer |= found.outer
+        if id(scaled) not in found.leaves and not self._detached:
+            self._detached = True
+            warnings.warn(GradientWarning.detached(evaluation.step), stacklevel=2)
+        own = {id(scaled), id(level), *map(id, self._cond)}
+        self._leaves.update((key, leaf) for key, leaf in found.leaves.items() if key not in own)
+        return [output.detach() for output in outputs]
+
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        """Runs the transposed program.
+
+        Args:
+            lam: [B, *state] cotangent of the output.
+            kept: what `release` handed over.
+            wants_z0: whether z0 is differentiated by.
+        """
+        self._states.adopt(kept)
+        program = self._trajectory.program
+        transposed = transpose(program)
+        readers = program.readers()
+        gradients = Gradients(
+            self._z0 if wants_z0 else None, program.coefficients if self._levels else None
+        )
+        cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
+        for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
+            if isinstance(instruction, Stage):
+                terms = tuple(term for term in instruction.terms if term[0] in cot)
+                if instruction.writes == Z0:
+                    for reader, c in terms:
+                        gradients.number(c, self._z0, cot[reader])
+                if terms:
+                    cot[instruction.writes] = self._trajectory.combine(terms, cot, self._numbers)
+            elif isinstance(instruction, Pullback):
+                self._pull(instruction, cot, readers, gradients)
+            elif isinstance(instruction, Absorption) and instruction.state in cot:
+                self._absorb(instruction, cot[instruction.state], gradients)
+            for slot in dead:
+                cot.pop(slot, None)
+        gradients.add_z0(cot.get(Z0))
+        return gradients
+
+    def _pull(
+        self,
+        pullback: Pullback,
+        cot: dict[Slot, Tensor],
+        readers: dict[Slot, Terms],
+        gradients: Gradients,
+    ) -> None:
+        """Calls the model again and pulls the cotangents of its outputs back."""
+        evaluation = pullback.evaluation
+        x = self._states.load(evaluation.state.call)
+        with self._circumstances[evaluation].restored(), torch.enable_grad():
+            scaled, level, outputs = self._call(evaluation, x)
+        for slot, value in zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True):
+            for reader, c in readers.get(slot, ()):
+                gradients.number(c, value.detach(), cot[reader])
+        pairs = [
+            (output, cot[slot].to(output.dtype))
+            for slot, output in zip(evaluation.writes, outputs, strict=True)
+            if slot in cot and output.requires_grad
+        ]
+        if not pairs:
+            return
+        held = [(x, c) for x, c in zip(self._trajectory.cond.tensors, self._cond, strict=True)]
+        wanted = [pair for pair in held if pair[1].requires_grad]
+        wanted += [(leaf, leaf) for leaf in self._leaves.values()]
+        levels = [level] if self._levels else []
+        g, *rest = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [scaled, *levels, *(inner for _, inner in wanted)],
+            [mu for _, mu in pairs],
+            allow_unused=True,
+            retain_graph=self._outer,
+        )
+        if levels:
+            gradients.number(evaluation.c_noise, torch.ones_like(level), rest.pop(0))
+        for (outside, _), gradient in zip(wanted, rest, strict=True):
+            gradients.tensor(outside, gradient)
+        if g is not None:
+            self._trajectory.observer.finite(evaluation, g, "the gradient")
+            gradients.number(evaluation.c_in, x, g)
+            cot[pullback.writes] = g
+
+    def _absorb(self, absorption: Absorption, lam: Tensor, gradients: Gradients) -> None:
+        """Pulls a cotangent back through the noise injected into its state."""
+        noise, num_steps = self._trajectory.noise, self._trajectory.program.num_steps
+        step, position = absorption.injection
+        amount = self._numbers[position]
+        z0 = self._z0
+        if self._levels:
+            gradients.number(position, noise.at(z0, step, num_steps), lam)
+        cotangent = noise.transpose(lam * amount, z0, step, num_steps)
+        gradients.add_z0(cotangent.z0)
+        for k, gradient in cotangent.tensors.items():
+            gradients.tensor(noise.tensors[k], gradient)
+
+
+class Connection(torch.autograd.Function):
+    """Puts a finished run into the autograd graph."""
+
+    @staticmethod
+    def forward(ctx: Any, adjoint: Adjoint, z0: Tensor, *inputs: Tensor) -> Tensor:
+        """The run's output; ``inputs`` are the coefficients and `Adjoint.inputs`."""
+        ctx.adjoint = adjoint
+        ctx.count = len(inputs)
+        ctx.ids = [id(x) for x in inputs]
+        ctx.save_for_backward(z0, *inputs, *adjoint.release())
+        return adjoint.output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
+        """Cotangents of z0, the coefficients and the inputs."""
+        kept = ctx.saved_tensors[1 + ctx.count :]
+        gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
+        rest = [gradients.tensors.get(key) for key in ctx.ids[1:]]
+        return None, gradients.z0, gradients.numbers(), *rest

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keyword arguments of a denoiser, with their tensors taken out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from gradsampler import _checks
+
+
+class Conditioning:
+    """A dict for the denoiser, whose tensors can be put in place of others.
+
+    Tensors are found in nested lists, tuples and dicts too.
+    """
+
+    def __init__(self, cond: Mapping[str, Any] | None) -> None:
+        if cond is not None and not isinstance(cond, Mapping):
+            _checks.fail_type("cond", "be a dict or None", cond)
+        self._leaves, self._structure = pytree.tree_flatten(dict(cond or {}))
+        self._places = [i for i, x in enumerate(self._leaves) if isinstance(x, Tensor)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors, in the order of the dict."""
+        return [self._leaves[i] for i in self._places]
+
+    def filled(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """The dict with ``tensors`` in the places of its own."""
+        leaves = list(self._leaves)
+        for i, x in zip(self._places, tensors, strict=True):
+            leaves[i] = x
+        return cast(dict[str, Any], pytree.tree_unflatten(leaves, self._structure))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every memory strategy offers."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from gradsampler.trajectory import Trajectory
+
+
+class Memory(ABC):
+    """Decides what a run keeps for its backward pass, and what that pass computes again."""
+
+    exact: ClassVar[bool] = True  # gives the gradient of the run, to rounding
+
+    @abstractmethod
+    def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        """The output [B, *state] of the trajectory from ``z0``, connected for autograd.
+
+        Both are of the trajectory's state dtype.
+        """

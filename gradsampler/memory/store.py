@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep everything."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradsampler.memory.base import Memory
+from gradsampler.program import Evaluation
+from gradsampler.trajectory import GradientWarning, Numbers, Trajectory
+
+
+@dataclass(frozen=True)
+class Store(Memory):
+    """Plain autograd through the whole run: N times the activations of one model call.
+
+    The fastest, and the only strategy with a gradient of the gradient.
+    """
+
+    def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        coefficients = trajectory.program.coefficients
+        learned = coefficients.requires_grad and torch.is_grad_enabled()
+        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
+        warned = False
+
+        def evaluate(evaluation: Evaluation, x: Tensor) -> Sequence[Tensor]:
+            nonlocal warned
+            if x.requires_grad:
+                x.register_hook(lambda g: trajectory.observer.finite(evaluation, g, "the gradient"))
+            scaled, level = trajectory.model_input(evaluation, x, numbers)
+            cond = trajectory.cond.filled(trajectory.cond.tensors)
+            outputs = trajectory.call(evaluation, scaled, level, cond)
+            if scaled.requires_grad and not warned and not any(d.requires_grad for d in outputs):
+                warned = True
+                warnings.warn(GradientWarning.detached(evaluation.step), stacklevel=2)
+            return outputs
+
+        return trajectory.forward(z0, numbers, evaluate)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step noises: what a sampler injects at step i of N, as a function of the initial noise z0.
+
+Each source defines its noise by ``at``, in plain torch and differentiable; that definition is what
+every kernel is tested against. ``transpose`` is the product of a cotangent with the transposed
+Jacobian, in closed form, so that no step noise is ever stored.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks, philox
+
+__all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
+
+
+class Cotangent(NamedTuple):
+    """Where the cotangent of a step noise goes."""
+
+    z0: Tensor | None  # [B, *state], or None where the noise does not depend on z0
+    tensors: dict[int, Tensor]  # by position in NoiseSource.tensors
+
+
+class Draw(NamedTuple):
+    """One injection as plain numbers, which is all that a kernel needs to know of it.
+
+    ``n = normal * N(normal_seed, step) + weight * f(z0)``, where ``kind`` names f.
+    """
+
+    kind: int  # OFF, SINCOS, SIGNED_ROLL or GIVEN
+    step: int  # absolute step index, the Philox counter's third word
+    weight: float = 1.0
+    gain: float = 0.0  # sincos: f = gain * z0 + amplitude * sin(rate * z0 + phase)
+    rate: float = 0.0
+    amplitude: float = 0.0
+    phase: float = 0.0
+    seed: int = 0  # signed roll: seed of the signs
+    offset: int = 0  # signed roll: f[j] = sign[j] * z0[(j - offset) mod M]
+    normal: float = 0.0  # weight of the Philox normal
+    normal_seed: int = 0
+    given: Tensor | None = None  # f is this tensor
+
+
+OFF, SINCOS, SIGNED_ROLL, GIVEN = range(4)
+
+
+class NoiseSource(ABC):
+    """A family of step noises n_i(z0), i = 0 .. N-1, each standard normal or meant to be."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors of the caller that the noise is made of and that its gradient reaches."""
+        return ()
+
+    @abstractmethod
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        """The noise of step ``step`` out of ``num_steps``.
+
+        Args:
+            z0: [B, *state] initial noise, standard normal.
+            step: absolute step index, 0 <= step < num_steps.
+            num_steps: number of steps of the run.
+
+        Returns:
+            [B, *state] of z0's dtype and device, differentiable in z0.
+        """
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        """Pulls the cotangent ``g`` [B, *state] of ``at(z0, step, num_steps)`` back.
+
+        A source of your own needs only ``at``: this default differentiates it.
+        """
+        with torch.enable_grad():
+            z0 = z0.detach().requires_grad_()
+            noise = self.at(z0, step, num_steps)
+            if not noise.requires_grad:
+                return Cotangent(None, {})
+            (dz0,) = torch.autograd.grad(noise, z0, g.to(noise.dtype), allow_unused=True)
+        return Cotangent(dz0, {})
+
+    def prepare(self, z0: Tensor, steps: Sequence[int]) -> "NoiseSource":
+        """Checks the source against a run that injects at ``steps`` and fits it to that run."""
+        return self
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        """The injection as numbers for a kernel; None for a source that no kernel knows."""
+        return None
+
+
+@dataclass(frozen=True)
+class Off(NoiseSource):
+    """No noise: silences every injection, also those of a stochastic solver."""
+
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        return torch.zeros_like(z0)
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        return Cotangent(None, {})
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        return Draw(OFF, step)
+
+
+@dataclass(frozen=True)
+class SinCos(NoiseSource):
+    """Learnable step noise of sines and cosines of z0.
+
+    ``n_i = z0 (1 + g i/N) + a sin(z0 r i + i) + b cos(z0 r i)``
+
+    Almost perfectly correlated with z0: it adds to the state in amplitude, not in quadrature, and
+    widens the samples several times. For correct samples choose ``SignedRoll``.
+    """
+
+    scale_gain: float = 0.1  # g
+    phase_rate: float = 0.1  # r
+    sin_amp: float = 0.1  # a
+    cos_amp: float = 0.05  # b
+
+    def __post_init__(self) -> None:
+        for name in ("scale_gain", "phase_rate", "sin_amp", "cos_amp"):
+            _checks.finite(f"SinCos: {name}", getattr(self, name))
+
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        phase = z0 * (self.phase_rate * step)
+        wave = self.sin_amp * torch.sin(phase + step) + self.cos_amp * torch.cos(phase)
+        return z0 * (1 + self.scale_gain * step / num_steps) + wave
+
+    def wave(self, step: int, num_steps: int) -> tuple[float, float, float, float]:
+        """(k, p, R, phi) with ``n_i = k z0 + R sin(p z0 + phi)``: both waves as one."""
+        sine = self.sin_amp * math.cos(step)
+        cosine = self.sin_amp * math.sin(step) + self.cos_amp
+        gain = 1 + self.scale_gain * step / num_steps
+        rate = self.phase_rate * step
+        return gain, rate, math.hypot(sine, cosine), math.atan2(cosine, sine)
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        gain, rate, amplitude, phase = self.wave(step, num_steps)
+        slope = torch.cos(rate * z0 + phase).mul_(rate * amplitude).add_(gain)
+        return Cotangent(slope.mul_(g), {})
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        gain, rate, amplitude, phase = self.wave(step, num_steps)
+        return Draw(SINCOS, step, gain=gain, rate=rate, amplitude=amplitude, phase=phase)
+
+
+@dataclass(frozen=True)
+class SignedRoll(NoiseSource):
+    """z0 rolled by a random offset and multiplied by random signs, anew at each step.
+
+    ``n_i = e_i * roll(z0, o_i)`` within each sample, flattened: an orthogonal map of z0, so exactly
+    N(0, I), uncorrelated with z0 and with the other steps, and fully differentiable. The energy of
+    each sample is that of its z0 at every step, which matters only for tiny states: there, take
+    a ``Mixture``.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed("SignedRoll", self.seed)
+
+    def _signs(self, z0: Tensor, step: int) -> Tensor:
+        return philox.signs(z0.shape[0], z0[0].numel(), step, self.seed, z0.device).to(z0.dtype)
+
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        flat = z0.flatten(1)
+        rolled = flat.roll(philox.offset(flat.shape[1], step, self.seed), dims=1)
+        return (self._signs(z0, step) * rolled).view(z0.shape)
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        signed = self._signs(z0, step) * g.flatten(1)
+        back = signed.roll(-philox.offset(signed.shape[1], step, self.seed), dims=1)
+        return Cotangent(back.view(z0.shape), {})
+
+    def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
+        if z0[0].numel() < 2:
+            _checks.fail("noise=SignedRoll: z0", "hold at least 2 elements a sample", z0[0].numel())
+        return self
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        shift = philox.offset(z0[0].numel(), step, self.seed)
+        return Draw(SIGNED_ROLL, step, seed=self.seed, offset=shift)
+
+
+@dataclass(frozen=True)
+class Philox(NoiseSource):
+    """Independent standard normal noise from (seed, step, global element index).
+
+    It carries no gradient to z0. The same call gives the same noise, so backward regenerates it.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed("Philox", self.seed)
+
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        return philox.normals(z0.numel(), step, self.seed, z0.dtype, z0.device).view(z0.shape)
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        return Cotangent(None, {})
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        return Draw(OFF, step, normal=1.0, normal_seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Mixture(NoiseSource):
+    """``cos(angle) * Philox(seed) + sin(angle) * other``: a dial from independent noise to other.
+
+    Unit variance is kept where ``other`` has it.
+    """
+
+    other: NoiseSource
+    angle: float  # radians
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.other, NoiseSource):
+            _checks.fail_type("Mixture: other", "be a gradsampler.noise object", self.other)
+        _checks.finite("Mixture: angle", self.angle)
+        _check_seed("Mixture", self.seed)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.other.tensors
+
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        independent = Philox(self.seed).at(z0, step, num_steps)
+        other = self.other.at(z0, step, num_steps)
+        return math.cos(self.angle) * independent + math.sin(self.angle) * other
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        return self.other.transpose(math.sin(self.angle) * g, z0, step, num_steps)
+
+    def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
+        return Mixture(self.other.prepare(z0, steps), self.angle, self.seed)
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        other = self.other.draw(z0, step, num_steps)
+        if other is None or other.normal:
+            return None
+        return other._replace(
+            weight=math.sin(self.angle), normal=math.cos(self.angle), normal_seed=self.seed
+        )
+
+
+class Given(NoiseSource):
+    """The caller's own tensors, one an injection, in the order of injection.
+
+    The noise is an input of the run: its gradient reaches each tensor. Outside a run the step index
+    is the position; a run that does not inject at every step maps its steps to positions.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, steps: Sequence[int] | None = None) -> None:
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            _checks.fail_type("Given: tensors", "be a list of tensors", tensors)
+        self._tensors = tuple(
+            _checks.floating(f"Given: tensors[{k}]", x) for k, x in enumerate(tensors)
+        )
+        self._position = {step: k for k, step in enumerate(steps or range(len(self._tensors)))}
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self._tensors
+
+    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+        if step not in self._position:
+            _checks.fail("Given: step", f"be one of {sorted(self._position)}", step)
+        return self._tensors[self._position[step]].to(z0.dtype)
+
+    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+        position = self._position[step]
+        return Cotangent(None, {position: g.to(self._tensors[position].dtype)})
+
+    def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
+        if len(self._tensors) != len(steps):
+            _checks.fail(
+                "noise=Given: tensors",
+                f"hold one tensor for each of the {len(steps)} injections of this run",
+                len(self._tensors),
+            )
+        for k, x in enumerate(self._tensors):
+            _checks.shape(f"noise=Given: tensors[{k}]", x, z0.shape)
+            _checks.device(f"noise=Given: tensors[{k}]", x, z0.device)
+        return Given(self._tensors, steps=steps)
+
+    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+        return Draw(GIVEN, step, given=self.at(z0, step, num_steps))
+
+
+def _check_seed(owner: str, seed: object) -> None:
+    if _checks.integer(f"{owner}: seed", seed, 0) >= 2**64:
+        _checks.fail(f"{owner}: seed", "be below 2**64", seed)

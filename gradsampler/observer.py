@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What looks on while a program runs: callback, progress bar, check for non-finite values."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gradsampler.program import Evaluation, Program, Slot
+
+
+class NonFiniteError(ArithmeticError):
+    """A state, a prediction, or a gradient on its way back is NaN or infinite."""
+
+
+class StepInfo(NamedTuple):
+    """What a callback is told after each step."""
+
+    step: int  # 0 .. num_steps-1
+    num_steps: int
+    sigma: float  # level of the step's first model evaluation, churn included
+    x: Tensor  # [B, *state] the state at that level, detached
+    denoised: Tensor  # [B, *state] what the model predicted there, detached
+
+
+class Observer:
+    """Follows one run; used as a context manager around it."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        callback: Callable[[StepInfo], object] | None = None,
+        progress: bool = False,
+        check_finite: bool = False,
+    ) -> None:
+        self._numbers: list[float] = program.coefficients.tolist()
+        self._num_steps = program.num_steps
+        self._callback = callback
+        self._check_finite = check_finite
+        self._bar = tqdm(total=program.num_steps, desc="sampling", disable=not progress)
+        self._step = -1
+        self._info: StepInfo | None = None
+
+    def __enter__(self) -> "Observer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
+        """Takes note of a model evaluation."""
+        for value, what in ((x, "the state"), *((d, "the model's output") for d in outputs)):
+            self.finite(evaluation, value, what)
+        if evaluation.step == self._step:
+            return
+        self._end_step()
+        self._step = evaluation.step
+        if self._callback is None or evaluation.step == self._num_steps:
+            return
+        slots = dict(zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True))
+        denoised = self._denoised(evaluation, slots).to(x.dtype)
+        sigma = self._numbers[evaluation.sigma]
+        self._info = StepInfo(evaluation.step, self._num_steps, sigma, x.detach(), denoised)
+
+    def finished(self) -> None:
+        """Takes note of the end of the run."""
+        self._end_step()
+
+    def finite(self, evaluation: Evaluation, value: Tensor, what: str) -> None:
+        """Raises NonFiniteError, if that check is on and a value is NaN or infinite."""
+        if self._check_finite and not bool(torch.isfinite(value).all()):
+            sigma = self._numbers[evaluation.sigma]
+            raise NonFiniteError(
+                f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {sigma:.6g}) "
+                "must be finite, got NaN or infinity"
+            )
+
+    def _end_step(self) -> None:
+        if 0 <= self._step < self._num_steps:
+            self._bar.update()
+        if self._callback is not None and self._info is not None:
+            info, self._info = self._info, None
+            self._callback(info)
+
+    @torch.no_grad()
+    def _denoised(self, evaluation: Evaluation, slots: dict[Slot, Tensor]) -> Tensor:
+        total: Tensor | float = 0.0
+        for slot, c in evaluation.denoised:
+            total = total + self._numbers[c] * slots[slot].detach()
+        assert isinstance(total, Tensor)
+        return total

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sampling run as a table of numbers: affine stages with model evaluations between them.
+
+    stage       x_j = sum_k c_k * slot_k + s * n_i(z0)
+    evaluation  d_j = F(c_in * x_j, c_noise)
+
+Only the numbers differ from solver to solver; they depend on the noise levels alone and are held
+in one float64 vector, through which the gradient to the levels flows. A slot is written once, so
+the gradient of the program is the transposed program, which `transpose` writes down:
+
+    pullback    g_j       = J_F^T cot(d_j)
+    stage       cot(slot) = sum of c * cot(x) over the stages that read it, and c_in * g_j
+    absorption  cot(z0)  += s * n_i'(z0)^T cot(x_j)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsampler.parameterization import Coefficient, Parameterization
+
+__all__ = [
+    "Z0",
+    "Absorption",
+    "Affine",
+    "Evaluation",
+    "Injection",
+    "Program",
+    "Pullback",
+    "Recorder",
+    "Slot",
+    "Stage",
+    "transpose",
+]
+
+
+class Slot(NamedTuple):
+    """A tensor of the run; in the transposed program, its cotangent."""
+
+    kind: str  # "z0" | "x" a state | "d" a model output | "g" a cotangent returned by the model
+    call: int = 0  # the evaluation that reads the state or writes the output
+    branch: int = 0  # the network call within that evaluation
+
+
+Z0 = Slot("z0")
+Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
+
+
+class Injection(NamedTuple):
+    """Noise that a stage adds."""
+
+    step: int  # absolute step index, the i of n_i
+    coefficient: int  # position of s
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One affine combination of slots plus at most one injected noise."""
+
+    writes: Slot
+    terms: Terms
+    injection: Injection | None = None
+
+    def reads(self) -> Iterator[Slot]:
+        """The slots that the stage reads."""
+        return (slot for slot, _ in self.terms)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the model on a state, at most a few network calls."""
+
+    state: Slot
+    writes: tuple[Slot, ...]  # one output a network call
+    c_in: int  # positions of the numbers
+    c_noise: int
+    sigma: int
+    denoised: Terms  # D as a combination of the state and the outputs
+    step: int  # the step that it belongs to; num_steps for a final denoising
+
+    def reads(self) -> Iterator[Slot]:
+        """The slot that the model is evaluated on."""
+        yield self.state
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """A transposed evaluation: from the cotangents of the outputs to that of the scaled input."""
+
+    evaluation: Evaluation
+    writes: Slot
+    readers: tuple[Slot, ...]  # states computed from the outputs, for the coefficients' gradient
+
+    def reads(self) -> Iterator[Slot]:
+        """The cotangents of the outputs and of the states computed from them."""
+        yield from self.evaluation.writes
+        yield from self.readers
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """A transposed injection: from the cotangent of a state into that of z0."""
+
+    state: Slot
+    injection: Injection
+
+    def reads(self) -> Iterator[Slot]:
+        """The cotangent that is absorbed."""
+        yield self.state
+
+
+Instruction = Stage | Evaluation | Pullback | Absorption
+
+
+@dataclass(frozen=True)
+class Program:
+    """The instructions of a run in order, and the vector of all its numbers."""
+
+    instructions: tuple[Instruction, ...]
+    coefficients: Tensor  # [C] float64 on the CPU; carries the gradient to the levels
+    num_steps: int
+    output: Slot
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The affine stages in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Stage))
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """The model evaluations in order."""
+        return tuple(i for i in self.instructions if isinstance(i, Evaluation))
+
+    @property
+    def injections(self) -> tuple[Injection, ...]:
+        """The injections in order."""
+        return tuple(stage.injection for stage in self.stages if stage.injection)
+
+    def readers(self) -> dict[Slot, Terms]:
+        """For each slot the states computed from it, with the positions of the coefficients."""
+        readers: dict[Slot, Terms] = {}
+        for stage in self.stages:
+            for slot, coefficient in stage.terms:
+                readers[slot] = (*readers.get(slot, ()), (stage.writes, coefficient))
+        return readers
+
+    def last_reads(self) -> list[set[Slot]]:
+        """For each instruction the slots that it reads and nothing after it does."""
+        needed, dead = {self.output}, []
+        for instruction in reversed(self.instructions):
+            reads = set(instruction.reads())
+            dead.append(reads - needed)
+            needed |= reads
+        return dead[::-1]
+
+
+def transpose(program: Program) -> Program:
+    """The transposed program: the same numbers, read backwards.
+
+    Its slots are the cotangents of the program's slots, gathered: the cotangent of a slot is one
+    stage over the cotangents of the states computed from it. So backward needs as many kernels a
+    model evaluation as forward does, and keeps as few tensors alive.
+    """
+    readers = program.readers()
+    returned: dict[Slot, Terms] = {}
+    backward: list[Instruction] = []
+    for instruction in reversed(program.instructions):
+        if isinstance(instruction, Evaluation):
+            outputs = [Stage(slot, readers.get(slot, ())) for slot in instruction.writes]
+            g = Slot("g", instruction.state.call)
+            later = tuple({slot: None for stage in outputs for slot in stage.reads()})
+            backward += [*outputs, Pullback(instruction, g, later)]
+            returned[instruction.state] = ((g, instruction.c_in),)
+        elif isinstance(instruction, Stage):
+            slot = instruction.writes
+            if slot != program.output:
+                backward.append(Stage(slot, readers.get(slot, ()) + returned.get(slot, ())))
+            if instruction.injection:
+                backward.append(Absorption(slot, instruction.injection))
+    backward.append(Stage(Z0, readers.get(Z0, ())))
+    return Program(tuple(backward), program.coefficients, program.num_steps, Z0)
+
+
+class Affine:
+    """A linear combination of slots plus at most one injected noise, as a solver writes it."""
+
+    def __init__(
+        self, terms: dict[Slot, Coefficient], noise: tuple[int, Coefficient] | None = None
+    ) -> None:
+        self.terms = terms
+        self.noise = noise  # (step, coefficient)
+
+    def __add__(self, other: "Affine") -> "Affine":
+        if self.noise and other.noise:
+            raise ValueError("a stage injects at most one noise, got a sum of two")
+        terms = dict(self.terms)
+        for slot, c in other.terms.items():
+            terms[slot] = terms[slot] + c if slot in terms else c
+        return Affine(terms, self.noise or other.noise)
+
+    def __mul__(self, factor: Coefficient) -> "Affine":
+        noise = (self.noise[0], self.noise[1] * factor) if self.noise else None
+        return Affine({slot: c * factor for slot, c in self.terms.items()}, noise)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Affine":
+        return self * -1.0
+
+    def __sub__(self, other: "Affine") -> "Affine":
+        return self + -other
+
+    def __truediv__(self, divisor: Coefficient) -> "Affine":
+        return self * (1 / divisor)
+
+
+class Denoised(NamedTuple):
+    """A prediction that a solver made earlier in the run."""
+
+    sigma: Tensor  # 0-d
+    value: Affine
+
+
+class Recorder:
+    """Writes down the program of a solver, which computes with `Affine` in place of tensors."""
+
+    def __init__(self, model: Parameterization, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.step = 0  # the current one; the solver's loop advances it
+        self.predictions: list[Denoised] = []  # all so far, the latest last
+        self._model = model
+        self._numbers: list[Tensor] = []
+        self._instructions: list[Instruction] = []
+        self._evaluations = 0
+
+    def z0(self) -> Affine:
+        """The initial noise."""
+        return Affine({Z0: 1.0})
+
+    def noise(self) -> Affine:
+        """The noise of the current step."""
+        return Affine({}, (self.step, 1.0))
+
+    def denoise(self, x: Affine, sigma: Tensor) -> tuple[Affine, Affine]:
+        """Ends a stage at the state ``x`` and evaluates the model there.
+
+        Returns:
+            The state as a slot, to go on with in place of ``x``, and the denoised sample D.
+        """
+        state = self._write(x)
+        call = state.call
+        maps = self._model.preconditioning(sigma)
+        outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
+        here = Affine({state: 1.0})
+        denoised = here * maps.c_skip + Affine(dict(zip(outputs, maps.c_out, strict=True)))
+        self._instructions.append(
+            Evaluation(
+                state,
+                outputs,
+                c_in=self._number(maps.c_in),
+                c_noise=self._number(maps.c_noise),
+                sigma=self._number(sigma),
+                denoised=self._terms(denoised),
+                step=self.step,
+            )
+        )
+        self._evaluations += 1
+        self.predictions.append(Denoised(sigma, denoised))
+        return here, denoised
+
+    def finish(self, x: Affine) -> Program:
+        """Ends the last stage and returns the program."""
+        output = self._write(x)
+        numbers = torch.stack(self._numbers)
+        return Program(tuple(self._instructions), numbers, self.num_steps, output)
+
+    def _write(self, x: Affine) -> Slot:
+        injection = Injection(x.noise[0], self._number(x.noise[1])) if x.noise else None
+        slot = Slot("x", self._evaluations)
+        self._instructions.append(Stage(slot, self._terms(x), injection))
+        return slot
+
+    def _terms(self, x: Affine) -> Terms:
+        return tuple((slot, self._number(c)) for slot, c in x.terms.items() if not _absent(c))
+
+    def _number(self, c: Coefficient) -> int:
+        self._numbers.append(torch.as_tensor(c, dtype=torch.float64))
+        return len(self._numbers) - 1
+
+
+def _absent(c: Coefficient) -> bool:
+    # A zero that depends on the levels stays: its value is 0, its derivative is not.
+    return bool(c == 0) and not (isinstance(c, Tensor) and c.requires_grad)

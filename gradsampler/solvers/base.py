@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all solvers share: the loop over the noise levels, and churn."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks
+from gradsampler.parameterization import Parameterization
+from gradsampler.program import Affine, Program, Recorder
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Stochastic churn (Karras et al. 2022, arXiv 2206.00364, algorithm 2, lines 4 to 6).
+
+    Before a step from level s with ``s_tmin <= s <= s_tmax`` the level is raised to
+    ``s * (1 + eta)``, ``eta = min(s_churn / num_steps, sqrt(2) - 1)``, by injecting noise.
+    """
+
+    s_churn: float
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.finite("Churn: s_churn", self.s_churn, 0.0)
+        _checks.finite("Churn: s_tmin", self.s_tmin, 0.0)
+        _checks.finite("Churn: s_noise", self.s_noise, 0.0)
+        if not self.s_tmax >= self.s_tmin:
+            _checks.fail("Churn: s_tmax", f"be at least s_tmin = {self.s_tmin}", self.s_tmax)
+
+    def eta(self, sigma: float, num_steps: int) -> float:
+        """The relative rise of the level ``sigma``, 0 outside the window."""
+        if not self.s_tmin <= sigma <= self.s_tmax:
+            return 0.0
+        return min(self.s_churn / num_steps, math.sqrt(2) - 1)
+
+    def raised(self, run: Recorder, x: Affine, sigma: Tensor) -> tuple[Affine, Tensor]:
+        """The state and the level after churn."""
+        eta = self.eta(sigma.item(), run.num_steps)
+        if eta == 0:
+            return x, sigma
+        hat = sigma * (1 + eta)
+        return x + self.s_noise * sigma * math.sqrt(eta * (2 + eta)) * run.noise(), hat
+
+
+class Solver(ABC):
+    """A sampling method as a recipe for a `Program`.
+
+    A solver computes with `Affine` expressions in place of tensors, so its file is the method as
+    the paper states it, and what comes out is the table of coefficients.
+    """
+
+    stochastic: ClassVar[bool] = False  # injects noise of its own
+    flow: ClassVar[bool] = False  # also defined in flow time
+
+    @abstractmethod
+    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+        """One step of the method.
+
+        Args:
+            run: evaluates the model with ``run.denoise(x, sigma)``, injects with ``run.noise()``.
+            x: the state at level s.
+            s: current level, 0-d float64.
+            t: next level, 0-d float64, below s; may be 0.
+
+        Returns:
+            The state at level t.
+        """
+
+    def program(
+        self,
+        sigmas: Tensor,
+        model: Parameterization,
+        *,
+        churn: Churn | None = None,
+        final_denoise: bool = False,
+    ) -> Program:
+        """The program of a whole run from ``sigmas[0] * z0``.
+
+        Args:
+            sigmas: [N+1] strictly decreasing levels, float64 on the CPU; may require grad.
+            model: how the network's output is read.
+            churn: raises the level before each step.
+            final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
+        """
+        run = Recorder(model, len(sigmas) - 1)
+        levels = sigmas.unbind()
+        x = levels[0] * run.z0()
+        for run.step, (s, t) in enumerate(pairwise(levels)):
+            if churn is not None:
+                x, s = churn.raised(run, x, s)
+            x = self.step(run, x, s, t)
+        if final_denoise:
+            run.step = run.num_steps
+            _, x = run.denoise(x, levels[-1])
+        return run.finish(x)
+
+
+def half_log_snr(sigma: Tensor) -> Tensor:
+    """lambda = -ln(sigma), half the logarithm of the signal-to-noise ratio in VE coordinates."""
+    return -torch.log(sigma)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a program around a denoiser."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks
+from gradsampler.backends import Backend
+from gradsampler.conditioning import Conditioning
+from gradsampler.noise import NoiseSource
+from gradsampler.observer import Observer
+from gradsampler.parameterization import Parameterization
+from gradsampler.program import Z0, Evaluation, Injection, Program, Slot, Stage, Terms
+
+Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
+Evaluate = Callable[[Evaluation, Tensor], Sequence[Tensor]]
+
+
+class GradientWarning(UserWarning):
+    """A gradient was asked for, and a part of the run does not pass it on."""
+
+    @classmethod
+    def detached(cls, step: int) -> "GradientWarning":
+        """The denoiser's output at ``step`` is not connected with its input."""
+        return cls(
+            f"the denoiser detaches at step {step}: autograd sees no path from its input to its "
+            "output, so the gradient through this call is lost; look for no_grad, detach or item"
+        )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A program with all that it needs to run, except the initial noise."""
+
+    program: Program
+    model: Parameterization
+    noise: NoiseSource
+    cond: Conditioning
+    backend: Backend
+    state_dtype: torch.dtype  # of the state between model calls
+    model_dtype: torch.dtype  # of the model's input
+    observer: Observer
+
+    def forward(self, z0: Tensor, numbers: Numbers, evaluate: Evaluate) -> Tensor:
+        """Executes the instructions, and frees each slot after its last use.
+
+        Args:
+            z0: [B, *state] of the state's dtype.
+            numbers: the program's coefficients.
+            evaluate: from an evaluation and its state to the model's outputs.
+        """
+        slots = {Z0: z0}
+        for instruction, dead in zip(
+            self.program.instructions, self.program.last_reads(), strict=True
+        ):
+            if isinstance(instruction, Stage):
+                slots[instruction.writes] = self.combine(
+                    instruction.terms, slots, numbers, instruction.injection, z0
+                )
+            elif isinstance(instruction, Evaluation):
+                x = slots[instruction.state]
+                outputs = evaluate(instruction, x)
+                slots.update(zip(instruction.writes, outputs, strict=True))
+                self.observer.evaluated(instruction, x, outputs)
+            for slot in dead:
+                del slots[slot]
+        self.observer.finished()
+        return slots[self.program.output]
+
+    def combine(
+        self,
+        terms: Terms,
+        slots: dict[Slot, Tensor],
+        numbers: Numbers,
+        injection: Injection | None = None,
+        z0: Tensor | None = None,
+    ) -> Tensor:
+        """One affine stage: a combination of slots plus the injected noise."""
+        return self.backend.step(
+            [slots[slot] for slot, _ in terms],
+            [numbers[c] for _, c in terms],
+            z0,
+            self.noise if injection else None,
+            injection.step if injection else 0,
+            self.program.num_steps,
+            numbers[injection.coefficient] if injection else 0.0,
+            self.state_dtype,
+        )
+
+    def model_input(
+        self, evaluation: Evaluation, x: Tensor, numbers: Numbers
+    ) -> tuple[Tensor, Tensor]:
+        """What the model is called with: the scaled state [B, *state] and the level [B]."""
+        c_in, c_noise = numbers[evaluation.c_in], numbers[evaluation.c_noise]
+        scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
+        dtype = torch.promote_types(self.model_dtype, torch.float32)
+        level = torch.as_tensor(c_noise, dtype=dtype, device=x.device).expand(len(x))
+        return scaled.to(self.model_dtype), level
+
+    def call(
+        self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """Calls the model and checks what it returns."""
+        outputs = self.model.outputs(x, level, cond)
+        for output in outputs:
+            name = f"denoiser: the output at step {evaluation.step}"
+            _checks.shape(name, _checks.floating(name, output), x.shape)
+            _checks.device(name, output, x.device)
+        return outputs
