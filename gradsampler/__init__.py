@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import backends, memory, noise, ops, schedules, solvers
+from gradsampler import backends, memory, noise, ops, regularizers, schedules, solvers
 from gradsampler._version import __version__
 from gradsampler.observer import NonFiniteError, StepInfo
+from gradsampler.optimize import OptimizeResult, OptimizeStep, optimize
 from gradsampler.parameterization import EDM, VP, Flow, Guided
 from gradsampler.sample import sample
 from gradsampler.solvers import Churn
@@ -17,12 +18,16 @@ __all__ = [
     "GradientWarning",
     "Guided",
     "NonFiniteError",
+    "OptimizeResult",
+    "OptimizeStep",
     "StepInfo",
     "__version__",
     "backends",
     "memory",
     "noise",
     "ops",
+    "optimize",
+    "regularizers",
     "sample",
     "schedules",
     "solvers",

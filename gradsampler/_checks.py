@@ -2,7 +2,9 @@
 """Argument errors in one voice: ``argument must be expected, got what came``."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import NoReturn
 
 import torch
@@ -66,18 +68,22 @@ def batched(argument: str, x: object) -> Tensor:
 
 def integer(argument: str, x: object, least: int) -> int:
     """Returns ``x`` if it is an int (no bool) of at least ``least``."""
-    if isinstance(x, bool) or not isinstance(x, int):
+    if isinstance(x, bool) or not isinstance(x, Integral):
         fail_type(argument, "be an int", x)
     if x < least:
         fail(argument, f"be at least {least}", x)
-    return x
+    return int(x)
 
 
 def finite(argument: str, x: object, least: float | None = None) -> float:
     """Returns ``x`` as a float if it is a finite real number of at least ``least``."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
+    if isinstance(x, bool) or not isinstance(x, Real):
         fail_type(argument, "be a real number", x)
+    try:
+        value = float(x)
+    except OverflowError:
+        value = math.inf
     bound = "" if least is None else f" of at least {least}"
-    if not -float("inf") < x < float("inf") or (least is not None and x < least):
+    if not math.isfinite(value) or (least is not None and value < least):
         fail(argument, f"be a finite number{bound}", x)
-    return float(x)
+    return value

@@ -122,7 +122,7 @@ class Adjoint:
         self._outer |= found.outer
         if id(scaled) not in found.leaves and not self._detached:
             self._detached = True
-            warnings.warn(GradientWarning.detached(evaluation.step), stacklevel=2)
+            warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         own = {id(scaled), id(level), *map(id, self._cond)}
         self._leaves.update((key, leaf) for key, leaf in found.leaves.items() if key not in own)
         return [output.detach() for output in outputs]

@@ -127,9 +127,10 @@ class SinCos(NoiseSource):
             _checks.finite(f"SinCos: {name}", getattr(self, name))
 
     def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        phase = z0 * (self.phase_rate * step)
+        z = _widened(z0)
+        phase = z * (self.phase_rate * step)
         wave = self.sin_amp * torch.sin(phase + step) + self.cos_amp * torch.cos(phase)
-        return z0 * (1 + self.scale_gain * step / num_steps) + wave
+        return (z * (1 + self.scale_gain * step / num_steps) + wave).to(z0.dtype)
 
     def wave(self, step: int, num_steps: int) -> tuple[float, float, float, float]:
         """(k, p, R, phi) with ``n_i = k z0 + R sin(p z0 + phi)``: both waves as one."""
@@ -141,8 +142,8 @@ class SinCos(NoiseSource):
 
     def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
         gain, rate, amplitude, phase = self.wave(step, num_steps)
-        slope = torch.cos(rate * z0 + phase).mul_(rate * amplitude).add_(gain)
-        return Cotangent(slope.mul_(g), {})
+        slope = torch.cos(rate * _widened(z0) + phase).mul_(rate * amplitude).add_(gain)
+        return Cotangent(slope.mul_(g).to(g.dtype), {})
 
     def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
         gain, rate, amplitude, phase = self.wave(step, num_steps)
@@ -223,6 +224,9 @@ class Mixture(NoiseSource):
     def __post_init__(self) -> None:
         if not isinstance(self.other, NoiseSource):
             _checks.fail_type("Mixture: other", "be a gradsampler.noise object", self.other)
+        if isinstance(self.other, (Philox, Mixture)):
+            # With equal seeds the two parts would be one and the same normal.
+            _checks.fail("Mixture: other", "not be independent noise itself", repr(self.other))
         _checks.finite("Mixture: angle", self.angle)
         _check_seed("Mixture", self.seed)
 
@@ -243,10 +247,12 @@ class Mixture(NoiseSource):
 
     def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
         other = self.other.draw(z0, step, num_steps)
-        if other is None or other.normal:
+        if other is None:
             return None
         return other._replace(
-            weight=math.sin(self.angle), normal=math.cos(self.angle), normal_seed=self.seed
+            weight=math.sin(self.angle) * other.weight,
+            normal=math.cos(self.angle),
+            normal_seed=self.seed,
         )
 
 
@@ -257,25 +263,31 @@ class Given(NoiseSource):
     is the position; a run that does not inject at every step maps its steps to positions.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, steps: Sequence[int] | None = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
             _checks.fail_type("Given: tensors", "be a list of tensors", tensors)
-        self._tensors = tuple(
-            _checks.floating(f"Given: tensors[{k}]", x) for k, x in enumerate(tensors)
-        )
-        self._position = {step: k for k, step in enumerate(steps or range(len(self._tensors)))}
+        for k, x in enumerate(tensors):
+            _checks.floating(f"Given: tensors[{k}]", x)
+        self._tensors = tuple(tensors)
+        self._position = {k: k for k in range(len(tensors))}
+
+    def _at(self, step: int) -> int:
+        if step not in self._position:
+            _checks.fail("Given: step", f"be one of {sorted(self._position)}", step)
+        return self._position[step]
+
+    def __repr__(self) -> str:
+        return f"Given({len(self._tensors)} tensors)"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self._tensors
 
     def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        if step not in self._position:
-            _checks.fail("Given: step", f"be one of {sorted(self._position)}", step)
-        return self._tensors[self._position[step]].to(z0.dtype)
+        return self._tensors[self._at(step)].to(z0.dtype)
 
     def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        position = self._position[step]
+        position = self._at(step)
         return Cotangent(None, {position: g.to(self._tensors[position].dtype)})
 
     def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
@@ -288,10 +300,17 @@ class Given(NoiseSource):
         for k, x in enumerate(self._tensors):
             _checks.shape(f"noise=Given: tensors[{k}]", x, z0.shape)
             _checks.device(f"noise=Given: tensors[{k}]", x, z0.device)
-        return Given(self._tensors, steps=steps)
+        fitted = Given(self._tensors)
+        fitted._position = {step: k for k, step in enumerate(steps)}
+        return fitted
 
     def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
         return Draw(GIVEN, step, given=self.at(z0, step, num_steps))
+
+
+def _widened(x: Tensor) -> Tensor:
+    # The argument of the sine reaches hundreds: 16 bits would leave no digit of its phase.
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_seed(owner: str, seed: object) -> None:

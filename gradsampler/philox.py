@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from gradsampler import _checks
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -65,9 +67,9 @@ def normals(count: int, step: int, seed: int, dtype: torch.dtype, device: torch.
 
     Element e takes block e // 4, counter (low word, high word, step, 0). Words 0 and 1 give the
     elements 0 and 1 of the block, words 2 and 3 the elements 2 and 3:
-    ``r = sqrt(-2 log u)``, ``n = r cos(2 pi w)`` and ``r sin(2 pi w)``, where ``u`` is the
-    float32 value of ``word * 2^-32 + 2^-33`` and ``w`` that of ``word * 2^-32``. Fixing both
-    roundings makes every backend agree to the rounding of its logarithm, root and sine.
+    ``r = sqrt(-2 log u)``, ``n = r cos(2 pi w)`` and ``r sin(2 pi w)``. The words are rounded to
+    float32 first; then ``u = word * 2^-32 + 2^-33`` in float32, and ``w = word * 2^-32``. Fixing
+    these roundings makes every backend agree to those of its logarithm, root and sine.
 
     Returns:
         [count] tensor of ``dtype``; computed in float64 for float64 and in float32 otherwise.
@@ -98,6 +100,8 @@ def signs(batch: int, size: int, step: int, seed: int, device: torch.device) -> 
 
 def offset(size: int, step: int, seed: int) -> int:
     """A random roll offset in 1 .. size-1 for one step, the same for every sample."""
+    if size < 2:
+        _checks.fail("SignedRoll: z0", "hold at least 2 elements a sample", size)
     zero = torch.zeros((), dtype=torch.int64)
     words = _words(zero, 0, step, OFFSETS, seed)
     low, high = int(words[0]), int(words[1])

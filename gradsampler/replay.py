@@ -7,22 +7,45 @@ looks at it computes the same twice, and a compiled one compiles once.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class RandomState:
+    """The state of torch's default generators: the CPU's, then each device's of one kind.
+
+    Args:
+        device: one of the kind that counts beside the CPU.
+        tensors: states saved earlier; None takes those of this moment.
+    """
+
+    def __init__(self, device: torch.device, tensors: list[Tensor] | None = None) -> None:
+        self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        self.tensors = self._current() if tensors is None else tensors
+
+    def _current(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self._module is not None:
+            states += (self._module.get_rng_state(i) for i in range(self._module.device_count()))
+        return states
+
+    def restore(self) -> None:
+        """Puts the generators into this state."""
+        torch.set_rng_state(self.tensors[0])
+        for i, state in enumerate(self.tensors[1:]):
+            self._module.set_rng_state(state, i)  # type: ignore[union-attr]
+
+
 class Circumstances:
     """The random state and the autocast setting at the time of its creation."""
 
     def __init__(self, device: torch.device, previous: "Circumstances | None" = None) -> None:
-        self._cpu = torch.get_rng_state()
-        if previous is not None and torch.equal(self._cpu, previous._cpu):
-            self._cpu = previous._cpu  # a network that draws nothing costs one copy a run
-        self._module = None if device.type == "cpu" else torch.get_device_module(device)
-        self._devices = _device_states(self._module)
+        self._device = device
+        self._random = RandomState(device)
+        if previous is not None:
+            self._random = _shared(self._random, previous._random)
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in {"cpu", device.type}
@@ -32,28 +55,21 @@ class Circumstances:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Restores them for the time of a with statement, and afterwards what was before."""
-        cpu, devices = torch.get_rng_state(), _device_states(self._module)
+        before = RandomState(self._device)
         try:
-            torch.set_rng_state(self._cpu)
-            _set_device_states(self._module, self._devices)
+            self._random.restore()
             with ExitStack() as stack:
                 for kind, dtype, enabled in self._autocast:
                     stack.enter_context(torch.autocast(kind, dtype, enabled, self._cached))
                 yield
         finally:
-            torch.set_rng_state(cpu)
-            _set_device_states(self._module, devices)
+            before.restore()
 
 
-def _device_states(module: ModuleType | None) -> list[Tensor]:
-    if module is None:
-        return []
-    return [module.get_rng_state(i) for i in range(module.device_count())]
-
-
-def _set_device_states(module: ModuleType | None, states: list[Tensor]) -> None:
-    for i, state in enumerate(states):
-        module.set_rng_state(state, i)  # type: ignore[union-attr]
+def _shared(new: RandomState, old: RandomState) -> RandomState:
+    """The old object where nothing was drawn: a network without dropout costs one copy a run."""
+    pairs = zip(new.tensors, old.tensors, strict=True)
+    return old if all(torch.equal(a, b) for a, b in pairs) else new
 
 
 class Reached(NamedTuple):

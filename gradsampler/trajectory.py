@@ -21,15 +21,14 @@ Evaluate = Callable[[Evaluation, Tensor], Sequence[Tensor]]
 
 
 class GradientWarning(UserWarning):
-    """A gradient was asked for, and a part of the run does not pass it on."""
+    """Autograd sees no path from the denoiser's input at ``step`` to its output."""
 
-    @classmethod
-    def detached(cls, step: int) -> "GradientWarning":
-        """The denoiser's output at ``step`` is not connected with its input."""
-        return cls(
-            f"the denoiser detaches at step {step}: autograd sees no path from its input to its "
-            "output, so the gradient through this call is lost; look for no_grad, detach or item"
+    def __init__(self, step: int) -> None:
+        super().__init__(
+            f"the denoiser detaches at step {step}: no gradient passes from its output to its "
+            "input; look for no_grad, inference_mode, detach, item or numpy inside"
         )
+        self.step = step
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Store(Memory):
             outputs = trajectory.call(evaluation, scaled, level, cond)
             if scaled.requires_grad and not warned and not any(d.requires_grad for d in outputs):
                 warned = True
-                warnings.warn(GradientWarning.detached(evaluation.step), stacklevel=2)
+                warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             return outputs
 
         return trajectory.forward(z0, numbers, evaluate)

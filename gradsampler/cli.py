@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``gradsampler check`` and ``gradsampler optimize``."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradsampler import _checks, gradient_flow, noise, solvers
+from gradsampler import memory as memories
+from gradsampler._version import __version__
+from gradsampler.demo import OBJECTIVES, Demo
+
+NOISES = {
+    "off": noise.Off,
+    "sincos": noise.SinCos,
+    "signed_roll": noise.SignedRoll,
+    "philox": noise.Philox,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
+        print(f"gradsampler {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gradsampler", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    check = commands.add_parser(
+        "check", help="does the gradient arrive at z0?", formatter_class=defaults
+    )
+    check.add_argument("--denoiser", help="package.module:callable, instead of 0.7 x + 0.1")
+    check.add_argument("--shape", default="1,2,2,8,8", help="shape of z0: batch, then state")
+    check.add_argument("--steps", type=int, default=4, help="sampler steps")
+    check.set_defaults(run=_check)
+
+    optimize = commands.add_parser(
+        "optimize", help="optimise noise on the digits model", formatter_class=defaults
+    )
+    optimize.add_argument("--objective", choices=sorted(OBJECTIVES), default="digit")
+    optimize.add_argument("--digit", type=int, default=7, help="what to be read as")
+    optimize.add_argument("--image", type=Path, help="picture to match")
+    optimize.add_argument("--starts", type=int, default=16)
+    optimize.add_argument("--iterations", type=int, default=50, help="updates of the noise")
+    optimize.add_argument("--lr", type=float, default=0.1)
+    optimize.add_argument("--solver", default="res_2ab", help=", ".join(solvers.names()))
+    optimize.add_argument("--steps", type=int, default=35, help="sampler steps")
+    optimize.add_argument("--noise", default="signed_roll", help=", ".join(sorted(NOISES)))
+    optimize.add_argument("--memory", default="checkpoint", help=", ".join(memories.names()))
+    optimize.add_argument("--seed", type=int, default=0)
+    optimize.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    optimize.set_defaults(run=_optimize)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Both modes in turn; with LEARNABLE_STEP_NOISE=1 the second alone."""
+    learnable = os.environ.get("LEARNABLE_STEP_NOISE") == "1"
+    sources: dict[str, noise.NoiseSource] = {"learnable step noise": noise.SinCos()}
+    if not learnable:
+        sources = {"no step noise": noise.Off(), **sources}
+    denoiser = gradient_flow.affine_denoiser
+    if arguments.denoiser is not None:
+        denoiser = _imported(arguments.denoiser)
+    shape = _shape(arguments.shape)
+    passed = True
+    for mode, source in sources.items():
+        z0 = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        report = gradient_flow.check(denoiser, z0, source, steps=arguments.steps)
+        print(f"{mode}\n{report}")
+        passed = passed and report.passed
+    return 0 if passed else 1
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        _checks.fail("--shape", "be integers separated by commas", repr(text))
+
+
+def _imported(name: str) -> Any:
+    """The object that ``package.module:callable`` names, the current folder included."""
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        _checks.fail("--denoiser", "have the form package.module:callable", repr(name))
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _optimize(arguments: argparse.Namespace) -> int:
+    source = NOISES[_checks.choice("--noise", arguments.noise, NOISES)]()
+    demo = Demo(
+        objective=arguments.objective,
+        digit=arguments.digit,
+        image=arguments.image,
+        starts=arguments.starts,
+        iterations=arguments.iterations,
+        lr=arguments.lr,
+        solver=arguments.solver,
+        steps=arguments.steps,
+        noise=source,
+        memory=arguments.memory,
+        seed=arguments.seed,
+    )
+    print(demo.run(arguments.out))
+    return 0

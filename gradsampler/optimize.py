@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimises initial noise through a whole sampling run."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gradsampler import _checks
+from gradsampler.journal import Journal
+from gradsampler.observer import NonFiniteError
+from gradsampler.parameterization import Parameterization
+from gradsampler.replay import RandomState
+from gradsampler.sample import Denoiser, sample
+
+__all__ = ["OptimizeResult", "OptimizeStep", "optimize"]
+
+
+class OptimizeStep(NamedTuple):
+    """One line of the history: the run from the noise before the update."""
+
+    loss: float
+    gradient_norm: float  # of all of z0's gradient, before clipping
+    z0_norm: float  # root mean square over samples of |z0|/sqrt(d); 1 for standard normal noise
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What an optimisation found."""
+
+    z0: Tensor  # [B, *state] optimised noise
+    sample: Tensor  # [B, *state] its sample
+    history: list[OptimizeStep]
+
+
+def optimize(
+    denoiser: Parameterization | Denoiser,
+    z0: Tensor,
+    sigmas: Tensor | Sequence[float],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 50,
+    lr: float = 0.05,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    maximize: bool = False,
+    regularizer: Callable[[Tensor], Tensor] | None = None,
+    grad_clip: float | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    check_finite: bool = True,
+    **sample_kwargs: Any,
+) -> OptimizeResult:
+    """Minimises ``loss(sample(z0)) + regularizer(z0)`` over the initial noise.
+
+    Works on a copy of z0; the caller's tensor stays as it is.
+
+    Args:
+        denoiser: as for `sample`.
+        z0: [B, *state] start, requiring grad.
+        sigmas: [N+1] noise levels, as for `sample`.
+        loss: from the sample [B, *state] to a scalar tensor.
+        steps: updates of z0.
+        lr: learning rate.
+        optimizer: called as optimizer([z0], lr=lr).
+        maximize: ascends the loss in place of descending it; the regularizer stays a penalty.
+        regularizer: from z0 to a scalar penalty, such as `regularizers.ChiNorm`.
+        grad_clip: largest norm of the gradient handed to the optimizer.
+        checkpoint: a file saved atomically after each step; where it exists the run goes on from
+            it, and on the same machine gives the numbers of an uninterrupted run bit for bit.
+        progress: shows a bar with loss and gradient norm.
+        check_finite: stops with NonFiniteError before a NaN or an infinity reaches z0.
+        **sample_kwargs: passed on to `sample`.
+
+    Returns:
+        The noise, its sample, and the history with one entry a step.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit; also for a checkpoint file
+            that is truncated, of another kind, or of another run.
+        NonFiniteError: z0 and the checkpoint are those of the last good step.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> z0 = torch.ones(2, 3, requires_grad=True)
+        >>> levels = gs.schedules.karras(5)
+        >>> found = gs.optimize(lambda x, sigma: 0.1 * x, z0, levels, lambda x: x.square().sum(),
+        ...                     steps=3, solver="heun")
+        >>> found.history[-1].loss < found.history[0].loss
+        True
+    """
+    _check_arguments(z0, steps, lr, grad_clip, loss, regularizer)
+    noise = z0.detach().clone().requires_grad_()
+    update = optimizer([noise], lr=lr)
+    sample_kwargs["check_finite"] = check_finite
+    history: list[OptimizeStep] = []
+    journal = None
+    if checkpoint is not None:
+        identity = _identity(z0, sigmas, lr, update, maximize, grad_clip, sample_kwargs)
+        journal = Journal(checkpoint, identity)
+        history = _resume(journal, noise, update)
+
+    with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
+        while len(history) < steps:
+            start = time.perf_counter()
+            value = loss(sample(denoiser, noise, sigmas, **sample_kwargs))
+            _checks.shape("loss: the value that it returns", value, ())
+            objective = -value if maximize else value
+            if regularizer is not None:
+                objective = objective + regularizer(noise)
+            noise.grad = _gradient(objective, noise)
+            size = float(noise.grad.norm())
+            if check_finite:
+                _check_finite(value, noise.grad, len(history))
+            level = float(noise.detach().square().mean().sqrt())
+            if grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_([noise], grad_clip)
+            update.step()
+            seconds = time.perf_counter() - start
+            history.append(OptimizeStep(value.item(), size, level, seconds))
+            if journal is not None:
+                journal.save(_state(noise, update, history))
+            bar.set_postfix(loss=f"{history[-1].loss:.4g}", grad=f"{size:.3g}", refresh=False)
+            bar.update()
+    with torch.no_grad():
+        found = sample(denoiser, noise, sigmas, **sample_kwargs)
+    return OptimizeResult(noise.detach(), found, history)
+
+
+def _check_arguments(
+    z0: Tensor, steps: int, lr: float, grad_clip: float | None, loss: object, regularizer: object
+) -> None:
+    if not _checks.batched("z0", z0).requires_grad:
+        _checks.fail("z0", "require grad", "requires_grad=False", "call z0.requires_grad_()")
+    _checks.integer("steps", steps, 1)
+    if not _checks.finite("lr", lr) > 0:
+        _checks.fail("lr", "be positive", lr)
+    if grad_clip is not None and not _checks.finite("grad_clip", grad_clip) > 0:
+        _checks.fail("grad_clip", "be positive", grad_clip)
+    if not callable(loss):
+        _checks.fail_type("loss", "be callable as loss(sample)", loss)
+    if regularizer is not None and not callable(regularizer):
+        _checks.fail_type("regularizer", "be callable as regularizer(z0)", regularizer)
+    if not torch.is_grad_enabled():
+        _checks.fail("optimize", "be called in grad mode", "torch.no_grad or inference_mode")
+
+
+def _gradient(objective: Tensor, noise: Tensor) -> Tensor:
+    """The gradient to the noise alone: a network that could be trained accumulates nothing."""
+    hint = "`gradsampler check` says which link of a run is broken"
+    if not objective.requires_grad:
+        _checks.fail("loss", "depend on z0", "a value without gradient", hint)
+    (gradient,) = torch.autograd.grad(objective, noise, allow_unused=True)
+    if gradient is None:
+        _checks.fail("loss", "depend on z0", "a value whose gradient does not reach z0", hint)
+    return gradient
+
+
+def _check_finite(value: Tensor, gradient: Tensor, step: int) -> None:
+    """Stops before the optimizer sees a gradient that would spoil z0."""
+    if not bool(torch.isfinite(value)) or not bool(torch.isfinite(gradient).all()):
+        raise NonFiniteError(
+            f"loss and gradient of optimisation step {step} must be finite, got loss "
+            f"{value.item():g} and gradient norm {float(gradient.norm()):g}; a checkpoint holds "
+            "the step before"
+        )
+
+
+def _digest(x: Tensor) -> str:
+    data = x.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _identity(
+    z0: Tensor,
+    sigmas: Tensor | Sequence[float],
+    lr: float,
+    update: torch.optim.Optimizer,
+    maximize: bool,
+    grad_clip: float | None,
+    sample_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """What must be the same for a saved run to be continued."""
+    plain = ("solver", "noise", "churn", "eta", "s_noise", "prediction", "memory", "state_dtype")
+    return {
+        "z0": _digest(z0),
+        "sigmas": _digest(torch.as_tensor(sigmas, dtype=torch.float64)),
+        "lr": float(lr),
+        "optimizer": type(update).__name__,
+        "maximize": maximize,
+        "grad_clip": grad_clip,
+        **{name: str(sample_kwargs.get(name)) for name in plain},
+    }
+
+
+def _state(
+    noise: Tensor, update: torch.optim.Optimizer, history: list[OptimizeStep]
+) -> dict[str, Any]:
+    return {
+        "z0": noise.detach(),
+        "optimizer": update.state_dict(),
+        "history": [tuple(step) for step in history],
+        "random": RandomState(noise.device).tensors,
+    }
+
+
+def _resume(journal: Journal, noise: Tensor, update: torch.optim.Optimizer) -> list[OptimizeStep]:
+    """Puts noise, optimizer and random state where the saved run stood; returns its history."""
+    state = journal.load()
+    if state is None:
+        return []
+    with torch.no_grad():
+        noise.copy_(state["z0"])
+    update.load_state_dict(state["optimizer"])
+    RandomState(noise.device, state["random"]).restore()
+    return [OptimizeStep(*step) for step in state["history"]]
