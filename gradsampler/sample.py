@@ -96,23 +96,47 @@ def sample(
     method = solvers.resolve(solver, eta, s_noise)
     _check_solver(method, churn, flow=prediction == "flow")
     program = method.program(levels, model, churn=churn, final_denoise=final_denoise)
+    return integrate(
+        program,
+        model,
+        z0,
+        noise=noise,
+        memory=memory,
+        cond=cond,
+        callback=callback,
+        progress=progress,
+        state_dtype=state_dtype,
+        backend=backend,
+        check_finite=check_finite,
+    )
+
+
+def integrate(
+    program: Program,
+    model: Parameterization,
+    z0: Tensor,
+    *,
+    noise: NoiseSource | None = None,
+    memory: str | Memory = "auto",
+    cond: Mapping[str, Any] | None = None,
+    callback: Callable[[StepInfo], object] | None = None,
+    progress: bool = False,
+    state_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    check_finite: bool = False,
+) -> Tensor:
+    """Runs a recorded program; the arguments are those of `sample`."""
     source = _noise(noise, program, z0)
     if state_dtype is not None and not state_dtype.is_floating_point:
         _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
     state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
     strategy, implementation = memories.resolve(memory), backends.choose(backend)
+    conditioning, dtype = Conditioning(cond), model_dtype(model, z0)
     with Observer(
         program, callback=callback, progress=progress, check_finite=check_finite
     ) as observer:
         trajectory = Trajectory(
-            program,
-            model,
-            source,
-            Conditioning(cond),
-            implementation,
-            state,
-            model_dtype(model, z0),
-            observer,
+            program, model, source, conditioning, implementation, state, dtype, observer
         )
         return strategy.run(trajectory, z0.to(state)).to(z0.dtype)
 
