@@ -4,7 +4,7 @@
 A backend is a module with the functions of `gradsampler.reference`.
 """
 
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +13,19 @@ from gradsampler import _checks, reference
 
 
 class Backend(Protocol):
-    """The fused ops of one implementation; see `gradsampler.reference` for what they compute."""
+    """The fused ops of one implementation, as `gradsampler.reference` defines them."""
 
-    def step(self, *args: object) -> Tensor:
+    def step(self, *args: Any) -> Tensor:
         """One affine stage with its injected noise."""
+
+    def reparameterize(self, *args: Any) -> Tensor:
+        """A draw that passes the gradient on."""
+
+    def ancestral_step(self, *args: Any) -> Tensor:
+        """One ancestral step."""
+
+    def flow_pair(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """A flow-matching training pair."""
 
 
 _MODULES = {"reference": reference}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, backends
+from gradsampler import _checks, backends, philox
 from gradsampler.noise import NoiseSource
 
-__all__ = ["step"]
+__all__ = ["ancestral_step", "flow_pair", "reparameterize", "step"]
 
 
 def step(
@@ -60,7 +60,7 @@ def step(
         _checks.floating(f"step: terms[{k}]", x)
         _checks.shape(f"step: terms[{k}]", x, first.shape)
         _checks.device(f"step: terms[{k}]", x, first.device)
-    numbers = _coefficients(coefs, len(terms), len(first))
+    numbers = _coefficients("step", coefs, len(terms), len(first))
     if noise is not None:
         if not isinstance(noise, NoiseSource):
             _checks.fail_type("step: noise", "be a gradsampler.noise object", noise)
@@ -83,13 +83,167 @@ def step(
     return _checks.shape("step: out", out, first.shape).copy_(result)
 
 
+def reparameterize(
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor,
+    *,
+    nonzero: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``mean + nonzero * exp(log_variance / 2) * noise``: a draw that passes the gradient on.
+
+    Kingma and Welling 2014, arXiv 1312.6114, section 2.4. Gradients reach all tensors.
+
+    Args:
+        mean: [B, *state].
+        log_variance: [B, *state], or broadcastable to it.
+        noise: [B, *state] standard normal.
+        nonzero: [B] factor of the noise, 0 for samples at their last step.
+        backend: "reference", or None for the fastest present.
+
+    Returns:
+        [B, *state] of mean's dtype, computed in float32 at least.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> gs.ops.reparameterize(torch.ones(1, 2), torch.zeros(1, 2), torch.full((1, 2), 0.5))
+        tensor([[1.5000, 1.5000]])
+    """
+    _checks.batched("reparameterize: mean", mean)
+    _same("reparameterize: noise", noise, mean)
+    _checks.device(
+        "reparameterize: log_variance",
+        _checks.floating("reparameterize: log_variance", log_variance),
+        mean.device,
+    )
+    _per_sample("reparameterize: nonzero", nonzero, mean)
+    return backends.choose(backend).reparameterize(mean, log_variance, noise, nonzero)
+
+
+def ancestral_step(
+    x: Tensor,
+    model_output: Tensor,
+    coefs: Sequence[float] | Tensor,
+    noise: Tensor | None,
+    *,
+    nonzero: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One ancestral step of a DDPM, learned variance and clamp included, as one op.
+
+    ``x0 = clamp(r1 x - r2 eps)``, ``mean = c1 x0 + c2 x``, ``log_var = f log_max + (1-f) log_min``
+    with ``f = (v+1)/2``, ``out = mean + nonzero exp(log_var/2) noise`` (Nichol and Dhariwal 2021,
+    arXiv 2102.09672, equations 9 and 15). Gradients reach x, model_output and noise, through the
+    clamp where it does not bite.
+
+    Args:
+        x: [B, C, *space] state.
+        model_output: [B, C, *space], or [B, 2C, *space] with v behind eps. A network that predicts
+            x0 is read with r1 = 0, r2 = -1.
+        coefs: r1, r2, c1, c2, log_max, log_min: 6 floats, or a tensor [6] or [B, 6]. Without v the
+            log variance is log_max.
+        noise: [B, C, *space] standard normal, or None for none.
+        nonzero: [B] factor of the noise, 0 for samples at their last step.
+        clamp: (low, high) bounds of x0.
+        backend: "reference", or None for the fastest present.
+
+    Returns:
+        [B, C, *space] of x's dtype, computed in float32 at least.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> x, eps = torch.full((1, 1, 2), 3.0), torch.ones(1, 1, 2)
+        >>> gs.ops.ancestral_step(x, eps, [1.0, 1.0, 0.5, 0.5, 0.0, 0.0], None, clamp=(-1, 1))
+        tensor([[[2., 2.]]])
+    """
+    _checks.batched("ancestral_step: x", x)
+    _checks.floating("ancestral_step: model_output", model_output)
+    _checks.device("ancestral_step: model_output", model_output, x.device)
+    doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    if tuple(model_output.shape) not in (tuple(x.shape), doubled):
+        _checks.fail(
+            "ancestral_step: model_output",
+            f"have shape {list(x.shape)} or {list(doubled)}",
+            list(model_output.shape),
+        )
+    if noise is not None:
+        _same("ancestral_step: noise", noise, x)
+    _per_sample("ancestral_step: nonzero", nonzero, x)
+    if clamp is not None and not clamp[0] <= clamp[1]:
+        _checks.fail("ancestral_step: clamp", "be (low, high) with low <= high", clamp)
+    numbers = _coefficients("ancestral_step", coefs, 6, len(x))
+    return backends.choose(backend).ancestral_step(x, model_output, numbers, noise, nonzero, clamp)
+
+
+def flow_pair(
+    x0: Tensor,
+    t: Tensor,
+    x1: Tensor | None = None,
+    *,
+    sigma_min: float = 1e-5,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A flow-matching training pair: the noised sample, the noise, and the velocity to learn.
+
+    ``x_t = r x0 + (1 - (1-sigma_min) r) x1`` with ``r = 1-t``, ``v = (1-sigma_min) x1 - x0``
+    (Lipman et al. 2023, arXiv 2210.02747, equations 22 and 23, with time reversed). Gradients reach
+    x0, t and x1.
+
+    Args:
+        x0: [B, *state] data.
+        t: [B] flow times in [0, 1], 1 is noise.
+        x1: [B, *state] standard normal, or None to draw it from ``seed``.
+        sigma_min: standard deviation left at t = 0.
+        seed: of `noise.Philox` at step 0; drawn in float32 and cast to x0's dtype.
+        backend: "reference", or None for the fastest present.
+
+    Returns:
+        x_t, x1 and v, each [B, *state] of x0's dtype, computed in float32 at least.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> x_t, x1, v = gs.ops.flow_pair(torch.ones(1, 2), torch.zeros(1), seed=0, sigma_min=0.0)
+        >>> x_t, bool(torch.equal(v, x1 - 1))
+        (tensor([[1., 1.]]), True)
+    """
+    _checks.batched("flow_pair: x0", x0)
+    _checks.shape("flow_pair: t", _checks.floating("flow_pair: t", t), (len(x0),))
+    _checks.device("flow_pair: t", t, x0.device)
+    _checks.finite("flow_pair: sigma_min", sigma_min, 0.0)
+    if (x1 is None) == (seed is None):
+        _checks.fail(
+            "flow_pair: x1", "be given, or else seed", "both" if seed is not None else None
+        )
+    if x1 is None:
+        drawn = _checks.integer("flow_pair: seed", seed, 0)
+        x1 = philox.normals(x0.numel(), 0, drawn, x0.dtype, x0.device).view(x0.shape)
+    _same("flow_pair: x1", x1, x0)
+    x_t, v = backends.choose(backend).flow_pair(x0, t, x1, sigma_min)
+    return x_t, x1, v
+
+
+def _same(argument: str, x: object, like: Tensor) -> None:
+    """Checks that a tensor has the shape and device of another."""
+    _checks.device(
+        argument, _checks.shape(argument, _checks.floating(argument, x), like.shape), like.device
+    )
+
+
+def _per_sample(argument: str, x: Tensor | None, like: Tensor) -> None:
+    if x is not None:
+        _checks.device(argument, _checks.shape(argument, x, (len(like),)), like.device)
+
+
 def _coefficients(
-    coefs: Sequence[float] | Tensor, count: int, batch: int
+    op: str, coefs: Sequence[float] | Tensor, count: int, batch: int
 ) -> Sequence[float] | Sequence[Tensor]:
     if not isinstance(coefs, Tensor):
         if len(coefs) != count:
-            _checks.fail("step: coefs", f"hold one number for each of {count} terms", len(coefs))
-        return [_checks.finite(f"step: coefs[{k}]", c) for k, c in enumerate(coefs)]
-    if tuple(_checks.floating("step: coefs", coefs).shape) not in ((count,), (batch, count)):
-        _checks.fail("step: coefs", f"have shape [{count}] or [{batch}, {count}]", [*coefs.shape])
+            _checks.fail(f"{op}: coefs", f"hold {count} numbers", len(coefs))
+        return [_checks.finite(f"{op}: coefs[{k}]", c) for k, c in enumerate(coefs)]
+    if tuple(_checks.floating(f"{op}: coefs", coefs).shape) not in ((count,), (batch, count)):
+        _checks.fail(f"{op}: coefs", f"have shape [{count}] or [{batch}, {count}]", [*coefs.shape])
     return coefs.unbind(-1)

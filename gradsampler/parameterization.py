@@ -42,6 +42,7 @@ class Parameterization(ABC):
     """
 
     network: Network
+    level_dtype: torch.dtype | None = None  # of c_noise; None is the model's, float32 at least
 
     @abstractmethod
     def preconditioning(self, sigma: Tensor) -> Preconditioning:

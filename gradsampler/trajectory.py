@@ -96,7 +96,7 @@ class Trajectory:
         """What the model is called with: the scaled state [B, *state] and the level [B]."""
         c_in, c_noise = numbers[evaluation.c_in], numbers[evaluation.c_noise]
         scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
-        dtype = torch.promote_types(self.model_dtype, torch.float32)
+        dtype = self.model.level_dtype or torch.promote_types(self.model_dtype, torch.float32)
         level = torch.as_tensor(c_noise, dtype=dtype, device=x.device).expand(len(x))
         return scaled.to(self.model_dtype), level
 

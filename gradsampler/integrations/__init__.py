@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-ins for the samplers of other projects, each imported by its own name."""
