@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gradsampler import replay
+from gradsampler.noise import GIVEN, Draw
 from gradsampler.program import (
     Z0,
     Absorption,
+    Descent,
     Evaluation,
     Pullback,
     Slot,
     Stage,
     Terms,
+    fused,
     transpose,
 )
 from gradsampler.trajectory import GradientWarning, Trajectory
@@ -46,7 +49,7 @@ class Gradients:
         self.z0 = None if z0 is None else torch.zeros_like(z0)
         self._count = None if numbers is None else len(numbers)
         self._numbers: dict[int, Tensor] = {}  # by position; 0-d on the device of the run
-        self.tensors: dict[int, Tensor] = {}  # by id of the differentiated tensor
+        self.tensors: dict[int, Tensor] = {}  # by position in `Adjoint.inputs`
 
     def add_z0(self, gradient: Tensor | None) -> None:
         """Adds to the gradient of z0."""
@@ -69,11 +72,11 @@ class Gradients:
             gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
         return gradient
 
-    def tensor(self, tensor: Tensor, gradient: Tensor | None) -> None:
-        """Adds to the gradient of ``tensor``."""
+    def tensor(self, position: int, gradient: Tensor | None) -> None:
+        """Adds to the gradient of the input at ``position``."""
         if gradient is not None:
-            known = self.tensors.get(id(tensor))
-            self.tensors[id(tensor)] = gradient if known is None else known + gradient
+            known = self.tensors.get(position)
+            self.tensors[position] = gradient if known is None else known + gradient
 
 
 class Adjoint:
@@ -87,6 +90,7 @@ class Adjoint:
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
         self._circumstances: dict[Evaluation, replay.Circumstances] = {}
+        self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._detached = False
@@ -118,6 +122,7 @@ class Adjoint:
         since = replay.mark()
         with torch.enable_grad():
             scaled, level, outputs = self._call(evaluation, x)
+        self._dtypes.update(zip(evaluation.writes, (d.dtype for d in outputs), strict=True))
         found = replay.reached(outputs, since)
         self._outer |= found.outer
         if id(scaled) not in found.leaves and not self._detached:
@@ -137,7 +142,7 @@ class Adjoint:
         """
         self._states.adopt(kept)
         program = self._trajectory.program
-        transposed = transpose(program)
+        transposed = fused(transpose(program))
         readers = program.readers()
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
@@ -151,6 +156,8 @@ class Adjoint:
                         gradients.number(c, self._z0, cot[reader])
                 if terms:
                     cot[instruction.writes] = self._trajectory.combine(terms, cot, self._numbers)
+            elif isinstance(instruction, Descent):
+                self._descend(instruction, cot, gradients)
             elif isinstance(instruction, Pullback):
                 self._pull(instruction, cot, readers, gradients)
             elif isinstance(instruction, Absorption) and instruction.state in cot:
@@ -182,38 +189,81 @@ class Adjoint:
         ]
         if not pairs:
             return
-        held = [(x, c) for x, c in zip(self._trajectory.cond.tensors, self._cond, strict=True)]
-        wanted = [pair for pair in held if pair[1].requires_grad]
-        wanted += [(leaf, leaf) for leaf in self._leaves.values()]
+        inner = [*self._cond, *self._trajectory.noise.tensors, *self._leaves.values()]
+        skipped = range(len(self._cond), len(inner) - len(self._leaves))
+        wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
         g, *rest = torch.autograd.grad(
             [output for output, _ in pairs],
-            [scaled, *levels, *(inner for _, inner in wanted)],
+            [scaled, *levels, *(inner[k] for k in wanted)],
             [mu for _, mu in pairs],
             allow_unused=True,
             retain_graph=self._outer,
         )
         if levels:
-            gradients.number(evaluation.c_noise, torch.ones_like(level), rest.pop(0))
-        for (outside, _), gradient in zip(wanted, rest, strict=True):
-            gradients.tensor(outside, gradient)
+            dlevel = rest.pop(0)
+            if dlevel is not None:
+                gradients.number(evaluation.c_noise, torch.ones_like(level), dlevel)
+        for k, gradient in zip(wanted, rest, strict=True):
+            gradients.tensor(k, gradient)
         if g is not None:
             self._trajectory.observer.finite(evaluation, g, "the gradient")
             gradients.number(evaluation.c_in, x, g)
             cot[pullback.writes] = g
 
-    def _absorb(self, absorption: Absorption, lam: Tensor, gradients: Gradients) -> None:
-        """Pulls a cotangent back through the noise injected into its state."""
+    def _descend(self, descent: Descent, cot: dict[Slot, Tensor], gradients: Gradients) -> None:
+        """The cotangents of a state and of an output of the evaluation before, in one launch."""
+        slot, output, absorption = descent.state.writes, descent.output, descent.absorption
+        a = {s: self._numbers[c] for s, c in descent.state.terms if s in cot}
+        b = {s: self._numbers[c] for s, c in output.terms} if output is not None else {}
+        g = next((s for s in a if s.kind == "g"), None)
+        lams = [s for s in dict.fromkeys((*a, *b)) if s in cot and s.kind == "x"]
+        if not lams and g is None:
+            return
+        draw = self._draw(absorption) if gradients.z0 is not None else None
+        cot[slot], mu = self._trajectory.backend.adjoint_step(
+            [cot[s] for s in lams],
+            [a.get(s, 0.0) for s in lams],
+            None if g is None else cot[g],
+            0.0 if g is None else a[g],
+            None if output is None else [b.get(s, 0.0) for s in (*lams, slot)],
+            self._z0,
+            draw,
+            self._numbers[absorption.injection.coefficient] if absorption else 0.0,
+            gradients.z0,
+            mu_dtype=None if output is None else self._dtypes[output.writes],
+            lam_dtype=self._trajectory.state_dtype,
+        )
+        if output is not None and any(s in cot for s in b):
+            cot[output.writes] = mu
+        if absorption is not None and (draw is None or self._levels):
+            self._absorb(absorption, cot[slot], gradients, done=draw is not None)
+
+    def _draw(self, absorption: Absorption | None) -> Draw | None:
+        """The injection as numbers, if a kernel can pull a cotangent back through it."""
+        if absorption is None:
+            return None
+        step, num_steps = absorption.injection.step, self._trajectory.program.num_steps
+        draw = self._trajectory.noise.draw(self._z0, step, num_steps)
+        return None if draw is None or draw.kind == GIVEN else draw
+
+    def _absorb(
+        self, absorption: Absorption, lam: Tensor, gradients: Gradients, *, done: bool = False
+    ) -> None:
+        """Pulls a cotangent back through the noise injected into its state.
+
+        With ``done`` the share of z0 is known already, and the amount of noise is what remains.
+        """
         noise, num_steps = self._trajectory.noise, self._trajectory.program.num_steps
         step, position = absorption.injection
-        amount = self._numbers[position]
-        z0 = self._z0
         if self._levels:
-            gradients.number(position, noise.at(z0, step, num_steps), lam)
-        cotangent = noise.transpose(lam * amount, z0, step, num_steps)
+            gradients.number(position, noise.at(self._z0, step, num_steps), lam)
+        if done:
+            return
+        cotangent = noise.transpose(lam * self._numbers[position], self._z0, step, num_steps)
         gradients.add_z0(cotangent.z0)
         for k, gradient in cotangent.tensors.items():
-            gradients.tensor(noise.tensors[k], gradient)
+            gradients.tensor(len(self._cond) + k, gradient)
 
 
 class Connection(torch.autograd.Function):
@@ -224,7 +274,6 @@ class Connection(torch.autograd.Function):
         """The run's output; ``inputs`` are the coefficients and `Adjoint.inputs`."""
         ctx.adjoint = adjoint
         ctx.count = len(inputs)
-        ctx.ids = [id(x) for x in inputs]
         ctx.save_for_backward(z0, *inputs, *adjoint.release())
         return adjoint.output
 
@@ -234,5 +283,5 @@ class Connection(torch.autograd.Function):
         """Cotangents of z0, the coefficients and the inputs."""
         kept = ctx.saved_tensors[1 + ctx.count :]
         gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
-        rest = [gradients.tensors.get(key) for key in ctx.ids[1:]]
+        rest = [gradients.tensors.get(k) for k in range(ctx.count - 1)]
         return None, gradients.z0, gradients.numbers(), *rest

@@ -1,47 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementations of the fused ops are present, and how one is chosen.
+"""Which implementations of the fused ops are present, why another is not, and the choice of one.
 
-A backend is a module with the functions of `gradsampler.reference`.
+A backend has the functions of `gradsampler.reference`, with the same arguments.
 """
 
-from typing import Any, Protocol, cast
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradsampler import _checks, reference
 
+__all__ = ["Backend", "available", "choose"]
 
-class Backend(Protocol):
-    """The fused ops of one implementation, as `gradsampler.reference` defines them."""
-
-    def step(self, *args: Any) -> Tensor:
-        """One affine stage with its injected noise."""
-
-    def reparameterize(self, *args: Any) -> Tensor:
-        """A draw that passes the gradient on."""
-
-    def ancestral_step(self, *args: Any) -> Tensor:
-        """One ancestral step."""
-
-    def flow_pair(self, *args: Any) -> tuple[Tensor, Tensor]:
-        """A flow-matching training pair."""
+NAMES = ("reference", "cpu", "triton", "cuda")
 
 
-_MODULES = {"reference": reference}
+@dataclass(frozen=True)
+class Backend:
+    """The fused ops of one implementation."""
+
+    name: str
+    step_fwd: Callable[..., Any]
+    step_bwd: Callable[..., Any]
+    adjoint_step: Callable[..., Any]
+    ancestral_step_fwd: Callable[..., Any]
+    ancestral_step_bwd: Callable[..., Any]
+    flow_pair_fwd: Callable[..., Any]
+    flow_pair_bwd: Callable[..., Any]
+
+    @classmethod
+    def of(cls, name: str, *modules: ModuleType) -> "Backend":
+        """Collects the functions from the modules that hold them."""
+        found = {k: v for module in modules for k, v in vars(module).items()}
+        return cls(name, *(found[field] for field in list(cls.__dataclass_fields__)[1:]))
+
+
+REFERENCE = Backend.of("reference", reference)
 
 
 def available() -> dict[str, str]:
-    """The backends and their versions.
+    """Every backend with its version, or with the reason why it is absent.
 
     Example:
         >>> import gradsampler as gs
-        >>> "reference" in gs.backends.available()
+        >>> gs.backends.available()["reference"].startswith("torch")
         True
     """
-    return {"reference": f"torch {torch.__version__}"}
+    found = {"reference": f"torch {torch.__version__}"}
+    triton, reason = _triton()
+    found["triton"] = reason if triton is None else f"triton {reason}"
+    return found
 
 
-def choose(name: str | None) -> Backend:
-    """The backend of that name, or the fastest one present."""
-    return cast(Backend, _MODULES[_checks.choice("backend", name or "reference", _MODULES)])
+def choose(name: str | None, device: torch.device) -> Backend:
+    """The backend of that name, or the fastest one present for tensors on ``device``.
+
+    Raises:
+        ValueError: for an unknown name, an absent backend, or one that cannot serve the device.
+    """
+    if name is None:
+        triton = _triton()[0] if device.type == "cuda" else None
+        return triton or REFERENCE
+    if _checks.choice("backend", name, ("reference", "triton")) == "reference":
+        return REFERENCE
+    triton, reason = _triton()
+    if triton is None:
+        _checks.fail("backend", "be present", f"'triton', which is not: {reason}")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        _checks.fail(
+            "backend", "serve tensors on cpu", "'triton'", "set TRITON_INTERPRET=1 to interpret it"
+        )
+    return triton
+
+
+@cache
+def _triton() -> tuple[Backend | None, str]:
+    """The Triton backend and its version, or None and the reason."""
+    try:
+        import triton
+
+        from gradsampler.kernels import adjoint, ancestral, flow_pair, step
+    except ImportError as error:
+        return None, f"import failed: {error}"
+    return Backend.of("triton", step, adjoint, ancestral, flow_pair), triton.__version__

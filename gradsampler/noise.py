@@ -79,10 +79,13 @@ class NoiseSource(ABC):
         with torch.enable_grad():
             z0 = z0.detach().requires_grad_()
             noise = self.at(z0, step, num_steps)
-            if not noise.requires_grad:
-                return Cotangent(None, {})
-            (dz0,) = torch.autograd.grad(noise, z0, g.to(noise.dtype), allow_unused=True)
-        return Cotangent(dz0, {})
+        if not noise.requires_grad:
+            return Cotangent(None, {})
+        wanted = [k for k, x in enumerate(self.tensors) if x.requires_grad]
+        inputs = [z0, *(self.tensors[k] for k in wanted)]
+        dz0, *rest = torch.autograd.grad(noise, inputs, g.to(noise.dtype), allow_unused=True)
+        found = zip(wanted, rest, strict=True)
+        return Cotangent(dz0, {k: x for k, x in found if x is not None})
 
     def prepare(self, z0: Tensor, steps: Sequence[int]) -> "NoiseSource":
         """Checks the source against a run that injects at ``steps`` and fits it to that run."""
@@ -165,18 +168,13 @@ class SignedRoll(NoiseSource):
     def __post_init__(self) -> None:
         _check_seed("SignedRoll", self.seed)
 
-    def _signs(self, z0: Tensor, step: int) -> Tensor:
-        return philox.signs(z0.shape[0], z0[0].numel(), step, self.seed, z0.device).to(z0.dtype)
-
     def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        flat = z0.flatten(1)
-        rolled = flat.roll(philox.offset(flat.shape[1], step, self.seed), dims=1)
-        return (self._signs(z0, step) * rolled).view(z0.shape)
+        offset = philox.offset(z0[0].numel(), step, self.seed)
+        return signed_roll(z0, self.seed, step, offset)
 
     def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        signed = self._signs(z0, step) * g.flatten(1)
-        back = signed.roll(-philox.offset(signed.shape[1], step, self.seed), dims=1)
-        return Cotangent(back.view(z0.shape), {})
+        offset = philox.offset(z0[0].numel(), step, self.seed)
+        return Cotangent(signed_roll_transpose(g, self.seed, step, offset), {})
 
     def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
         if z0[0].numel() < 2:
@@ -305,7 +303,29 @@ class Given(NoiseSource):
         return fitted
 
     def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        return Draw(GIVEN, step, given=self.at(z0, step, num_steps))
+        return Draw(GIVEN, step, given=self._tensors[self._at(step)])
+
+
+def draw_of(source: NoiseSource, z0: Tensor, step: int, num_steps: int, dtype: torch.dtype) -> Draw:
+    """One injection as numbers; a source that no kernel knows is evaluated in ``dtype``."""
+    draw = source.draw(z0, step, num_steps)
+    if draw is None:
+        return Draw(GIVEN, step, given=source.at(z0.to(dtype), step, num_steps))
+    return draw
+
+
+def signed_roll(z0: Tensor, seed: int, step: int, offset: int) -> Tensor:
+    """z0 [B, *state] with each sample rolled by ``offset``, then multiplied by random signs."""
+    flat = z0.flatten(1)
+    signs = philox.signs(len(flat), flat.shape[1], step, seed, z0.device).to(z0.dtype)
+    return (signs * flat.roll(offset, dims=1)).view(z0.shape)
+
+
+def signed_roll_transpose(g: Tensor, seed: int, step: int, offset: int) -> Tensor:
+    """The transpose of `signed_roll`, which is its inverse: signs first, then rolled back."""
+    flat = g.flatten(1)
+    signs = philox.signs(len(flat), flat.shape[1], step, seed, g.device).to(g.dtype)
+    return (signs * flat).roll(-offset, dims=1).view(g.shape)
 
 
 def _widened(x: Tensor) -> Tensor:

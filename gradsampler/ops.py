@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, backends, philox
-from gradsampler.noise import NoiseSource
+from gradsampler import _checks, _ops, philox, reference
+from gradsampler.noise import Draw, NoiseSource, draw_of
 
 __all__ = ["ancestral_step", "flow_pair", "reparameterize", "step"]
 
@@ -60,27 +60,29 @@ def step(
         _checks.floating(f"step: terms[{k}]", x)
         _checks.shape(f"step: terms[{k}]", x, first.shape)
         _checks.device(f"step: terms[{k}]", x, first.device)
-    numbers = _coefficients("step", coefs, len(terms), len(first))
-    if noise is not None:
-        if not isinstance(noise, NoiseSource):
-            _checks.fail_type("step: noise", "be a gradsampler.noise object", noise)
-        if z0 is None:
-            _checks.fail("step: z0", "be given with noise", None)
-        _checks.shape("step: z0", _checks.floating("step: z0", z0), first.shape)
-        _checks.device("step: z0", z0, first.device)
-        _checks.integer("step: num_steps", num_steps, 1)
-        if not 0 <= _checks.integer("step: step", step, 0) < num_steps:
-            _checks.fail("step: step", f"be below num_steps = {num_steps}", step)
-        noise.prepare(z0, [step])
-    dtype = out_dtype or (first.dtype if out is None else out.dtype)
-    result = backends.choose(backend).step(
-        terms, numbers, z0, noise, step, num_steps, noise_coef, dtype
+    numbers, tensor = _coefficients("step", coefs, len(terms), len(first))
+    amount = _amount(noise_coef, noise, len(first))
+    draw = _draw(noise, z0, step, num_steps, terms)
+    dtype = _result_dtype(out, out_dtype, first)
+    words, wave, given = _ops.lowered(draw)
+    result: Tensor = _ops.step(
+        list(terms),
+        numbers,
+        tensor,
+        z0,
+        given,
+        0.0 if isinstance(amount, Tensor) else amount,
+        amount if isinstance(amount, Tensor) else None,
+        words,
+        wave,
+        dtype,
+        backend or "",
     )
     if out is None:
         return result
     if result.requires_grad:
         _checks.fail("step: out", "be None where a gradient is recorded", "a tensor")
-    return _checks.shape("step: out", out, first.shape).copy_(result)
+    return out.copy_(result)
 
 
 def reparameterize(
@@ -118,7 +120,7 @@ def reparameterize(
         mean.device,
     )
     _per_sample("reparameterize: nonzero", nonzero, mean)
-    return backends.choose(backend).reparameterize(mean, log_variance, noise, nonzero)
+    return reference.reparameterize(mean, log_variance, noise, nonzero)
 
 
 def ancestral_step(
@@ -173,8 +175,14 @@ def ancestral_step(
     _per_sample("ancestral_step: nonzero", nonzero, x)
     if clamp is not None and not clamp[0] <= clamp[1]:
         _checks.fail("ancestral_step: clamp", "be (low, high) with low <= high", clamp)
-    numbers = _coefficients("ancestral_step", coefs, 6, len(x))
-    return backends.choose(backend).ancestral_step(x, model_output, numbers, noise, nonzero, clamp)
+    numbers, tensor = _coefficients("ancestral_step", coefs, 6, len(x))
+    if tensor is None:
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=x.device)
+    bounds = [] if clamp is None else [float(c) for c in clamp]
+    result: Tensor = _ops.ancestral_step(
+        x, model_output, noise, tensor, nonzero, bounds, backend or ""
+    )
+    return result
 
 
 def flow_pair(
@@ -221,8 +229,55 @@ def flow_pair(
         drawn = _checks.integer("flow_pair: seed", seed, 0)
         x1 = philox.normals(x0.numel(), 0, drawn, x0.dtype, x0.device).view(x0.shape)
     _same("flow_pair: x1", x1, x0)
-    x_t, v = backends.choose(backend).flow_pair(x0, t, x1, sigma_min)
+    x_t, v = _ops.flow_pair(x0, t, x1, sigma_min, backend or "")
     return x_t, x1, v
+
+
+def _amount(noise_coef: object, noise: object, batch: int) -> float | Tensor:
+    """The amount of noise, checked; without a noise it must be 0."""
+    if isinstance(noise_coef, Tensor):
+        _checks.floating("step: noise_coef", noise_coef)
+        if tuple(noise_coef.shape) not in ((), (1,), (batch,)):
+            _checks.fail("step: noise_coef", f"have shape [] or [{batch}]", [*noise_coef.shape])
+        amount: float | Tensor = noise_coef
+    else:
+        amount = _checks.finite("step: noise_coef", noise_coef)
+    if noise is None and (isinstance(amount, Tensor) or amount != 0):
+        _checks.fail("step: noise", "be given where noise_coef is", None)
+    return amount
+
+
+def _draw(
+    noise: object, z0: Tensor | None, step: int, num_steps: int, terms: Sequence[Tensor]
+) -> Draw | None:
+    """The injection as numbers, its arguments checked."""
+    if noise is None:
+        return None
+    if not isinstance(noise, NoiseSource):
+        _checks.fail_type("step: noise", "be a gradsampler.noise object", noise)
+    if z0 is None:
+        _checks.fail("step: z0", "be given with noise", None)
+    _same("step: z0", z0, terms[0])
+    _checks.integer("step: num_steps", num_steps, 1)
+    if not 0 <= _checks.integer("step: step", step, 0) < num_steps:
+        _checks.fail("step: step", f"be below num_steps = {num_steps}", step)
+    double = any(x.dtype == torch.float64 for x in (*terms, z0))
+    draw = draw_of(noise, z0, step, num_steps, torch.float64 if double else torch.float32)
+    if draw.given is not None:
+        _same(f"step: noise={type(noise).__name__}: its tensor", draw.given, terms[0])
+    return draw
+
+
+def _result_dtype(out: object, out_dtype: object, first: Tensor) -> torch.dtype:
+    if out is not None:
+        _same("step: out", out, first)
+    if out_dtype is None:
+        return out.dtype if isinstance(out, Tensor) else first.dtype
+    if not isinstance(out_dtype, torch.dtype):
+        _checks.fail_type("step: out_dtype", "be a torch.dtype or None", out_dtype)
+    if not out_dtype.is_floating_point:
+        _checks.fail("step: out_dtype", "be a floating-point dtype", str(out_dtype))
+    return out_dtype
 
 
 def _same(argument: str, x: object, like: Tensor) -> None:
@@ -239,11 +294,14 @@ def _per_sample(argument: str, x: Tensor | None, like: Tensor) -> None:
 
 def _coefficients(
     op: str, coefs: Sequence[float] | Tensor, count: int, batch: int
-) -> Sequence[float] | Sequence[Tensor]:
+) -> tuple[list[float], Tensor | None]:
+    """Coefficients as floats, or as a tensor."""
     if not isinstance(coefs, Tensor):
+        if not isinstance(coefs, Sequence):
+            _checks.fail_type(f"{op}: coefs", "be a list of floats or a tensor", coefs)
         if len(coefs) != count:
             _checks.fail(f"{op}: coefs", f"hold {count} numbers", len(coefs))
-        return [_checks.finite(f"{op}: coefs[{k}]", c) for k, c in enumerate(coefs)]
+        return [_checks.finite(f"{op}: coefs[{k}]", c) for k, c in enumerate(coefs)], None
     if tuple(_checks.floating(f"{op}: coefs", coefs).shape) not in ((count,), (batch, count)):
         _checks.fail(f"{op}: coefs", f"have shape [{count}] or [{batch}, {count}]", [*coefs.shape])
-    return coefs.unbind(-1)
+    return [], coefs

@@ -14,7 +14,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "Z0",
     "Absorption",
     "Affine",
+    "Descent",
     "Evaluation",
     "Injection",
     "Program",
@@ -33,6 +34,7 @@ __all__ = [
     "Recorder",
     "Slot",
     "Stage",
+    "fused",
     "transpose",
 ]
 
@@ -112,7 +114,24 @@ class Absorption:
         yield self.state
 
 
-Instruction = Stage | Evaluation | Pullback | Absorption
+@dataclass(frozen=True)
+class Descent:
+    """A state's cotangent, its share of z0, and with it the first cotangent of the outputs of the
+    evaluation before: one launch.
+    """
+
+    state: Stage
+    absorption: Absorption | None = None
+    output: Stage | None = None
+
+    def reads(self) -> Iterator[Slot]:
+        """The cotangents that are read."""
+        yield from self.state.reads()
+        if self.output is not None:
+            yield from self.output.reads()
+
+
+Instruction = Stage | Evaluation | Pullback | Absorption | Descent
 
 
 @dataclass(frozen=True)
@@ -182,6 +201,27 @@ def transpose(program: Program) -> Program:
                 backward.append(Absorption(slot, instruction.injection))
     backward.append(Stage(Z0, readers.get(Z0, ())))
     return Program(tuple(backward), program.coefficients, program.num_steps, Z0)
+
+
+def fused(transposed: Program) -> Program:
+    """A transposed program in which what happens between two model calls is one instruction."""
+    grouped: list[Instruction] = []
+    for instruction in transposed.instructions:
+        last = grouped[-1] if grouped else None
+        if isinstance(instruction, Stage) and instruction.writes.kind == "x":
+            grouped.append(Descent(instruction))
+        elif isinstance(last, Descent) and isinstance(instruction, Absorption):
+            grouped[-1] = Descent(last.state, instruction)
+        elif (
+            isinstance(last, Descent)
+            and last.output is None
+            and isinstance(instruction, Stage)
+            and instruction.writes.kind == "d"
+        ):
+            grouped[-1] = Descent(last.state, last.absorption, instruction)
+        else:
+            grouped.append(instruction)
+    return replace(transposed, instructions=tuple(grouped))
 
 
 class Affine:

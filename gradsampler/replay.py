@@ -93,9 +93,8 @@ def reached(outputs: Sequence[Tensor], since: int) -> Reached:
     seen, outer = set(pending), False
     while pending:
         node = pending.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[id(variable)] = variable
+        if type(node).__name__ == "AccumulateGrad":
+            leaves[id(node.variable)] = node.variable
             continue
         outer = outer or node._sequence_nr() <= since
         for parent, _ in node.next_functions:

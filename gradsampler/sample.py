@@ -130,7 +130,7 @@ def integrate(
     if state_dtype is not None and not state_dtype.is_floating_point:
         _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
     state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
-    strategy, implementation = memories.resolve(memory), backends.choose(backend)
+    strategy, implementation = memories.resolve(memory), backends.choose(backend, z0.device)
     conditioning, dtype = Conditioning(cond), model_dtype(model, z0)
     with Observer(
         program, callback=callback, progress=progress, check_finite=check_finite

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsampler import _checks
 from gradsampler.backends import Backend
 from gradsampler.conditioning import Conditioning
-from gradsampler.noise import NoiseSource
+from gradsampler.noise import NoiseSource, draw_of
 from gradsampler.observer import Observer
 from gradsampler.parameterization import Parameterization
 from gradsampler.program import Z0, Evaluation, Injection, Program, Slot, Stage, Terms
@@ -79,16 +79,19 @@ class Trajectory:
         z0: Tensor | None = None,
     ) -> Tensor:
         """One affine stage: a combination of slots plus the injected noise."""
-        return self.backend.step(
+        draw = None
+        if injection is not None:
+            assert z0 is not None
+            draw = draw_of(self.noise, z0, injection.step, self.program.num_steps, self.state_dtype)
+        result: Tensor = self.backend.step_fwd(
             [slots[slot] for slot, _ in terms],
             [numbers[c] for _, c in terms],
             z0,
-            self.noise if injection else None,
-            injection.step if injection else 0,
-            self.program.num_steps,
+            draw,
             numbers[injection.coefficient] if injection else 0.0,
-            self.state_dtype,
+            out_dtype=self.state_dtype,
         )
+        return result
 
     def model_input(
         self, evaluation: Evaluation, x: Tensor, numbers: Numbers
