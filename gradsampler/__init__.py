@@ -6,6 +6,7 @@ from gradsampler._version import __version__
 from gradsampler.observer import NonFiniteError, StepInfo
 from gradsampler.optimize import OptimizeResult, OptimizeStep, optimize
 from gradsampler.parameterization import EDM, VP, Flow, Guided
+from gradsampler.replay import ReplayError
 from gradsampler.sample import sample
 from gradsampler.solvers import Churn
 from gradsampler.trajectory import GradientWarning
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizeResult",
     "OptimizeStep",
+    "ReplayError",
     "StepInfo",
     "__version__",
     "backends",

@@ -7,6 +7,7 @@ that may require grad. A backward that is itself differentiated falls back to pl
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -402,3 +403,36 @@ flow_pair_backward = _register(
 torch.library.register_autograd(
     "gradsampler::flow_pair", _flow_pair_autograd, setup_context=_flow_pair_setup, lib=_LIBRARY
 )
+
+
+def differentiable(backend: backends.Backend) -> backends.Backend:
+    """The backend with a step that autograd records; plain torch is recorded as it is."""
+    if backend is backends.REFERENCE:
+        return backend
+
+    def step_fwd(
+        terms: Sequence[Tensor],
+        coefs: Sequence[float | Tensor],
+        z0: Tensor | None = None,
+        draw: Draw | None = None,
+        noise_coef: float | Tensor = 0.0,
+        *,
+        out_dtype: torch.dtype,
+        **_: Any,
+    ) -> Tensor:
+        words, wave, given = lowered(draw)
+        tensor = None
+        if any(isinstance(c, Tensor) for c in coefs):
+            device = terms[0].device
+            each = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in coefs]
+            tensor = torch.stack(each)
+        numbers = [] if tensor is not None else [float(c) for c in coefs]
+        amount = noise_coef if isinstance(noise_coef, Tensor) else None
+        number = 0.0 if isinstance(noise_coef, Tensor) else noise_coef
+        result: Tensor = step(
+            list(terms), numbers, tensor, z0, given, number, amount, words, wave, out_dtype,
+            backend.name,
+        )  # fmt: skip
+        return result
+
+    return replace(backend, step_fwd=step_fwd)

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gradsampler import replay
 from gradsampler.noise import GIVEN, Draw
@@ -86,51 +85,65 @@ class Adjoint:
         self._trajectory = trajectory
         self._states = states
         self._z0 = z0.detach()
+        self._wanted = z0.requires_grad
         self._numbers: list[float] = trajectory.program.coefficients.tolist()
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
         self._circumstances: dict[Evaluation, replay.Circumstances] = {}
+        self._sketches: dict[Evaluation, replay.Sketch] = {}
+        self._changed: dict[Evaluation, Tensor] = {}
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._detached = False
         with torch.no_grad():
-            self.output = trajectory.forward(self._z0, self._numbers, self._record)
+            self._output: Tensor | None = trajectory.forward(self._z0, self._numbers, self._record)
 
     def inputs(self) -> list[Tensor]:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
         trajectory = self._trajectory
         return [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._leaves.values()]
 
-    def release(self) -> list[Tensor]:
-        """Hands the kept states over, see `States`."""
-        return self._states.release()
+    def release(self) -> tuple[Tensor, list[Tensor]]:
+        """Hands the output and the kept states over: what autograd owns is freed by it."""
+        output, self._output = self._output, None
+        assert output is not None
+        return output, self._states.release()
 
-    def _call(self, evaluation: Evaluation, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _call(
+        self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The model's input and level as fresh leaves, and its outputs with their graph."""
-        scaled, level = self._trajectory.model_input(evaluation, x, self._numbers)
+        scaled, level = self._trajectory.model_input(evaluation, x, scaled, self._numbers)
         scaled = scaled.detach().requires_grad_()
         level = level.clone().requires_grad_(self._levels)
         cond = self._trajectory.cond.filled(self._cond)
         return scaled, level, self._trajectory.call(evaluation, scaled, level, cond)
 
-    def _record(self, evaluation: Evaluation, x: Tensor) -> Sequence[Tensor]:
+    def _record(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
         """Calls the model, keeps the state, and finds what else the call depends on."""
         self._states.save(evaluation.state.call, x)
         last = next(reversed(self._circumstances.values()), None)
         self._circumstances[evaluation] = replay.Circumstances(x.device, last)
         since = replay.mark()
         with torch.enable_grad():
-            scaled, level, outputs = self._call(evaluation, x)
+            scaled, level, outputs = self._call(evaluation, x, scaled)
         self._dtypes.update(zip(evaluation.writes, (d.dtype for d in outputs), strict=True))
         found = replay.reached(outputs, since)
         self._outer |= found.outer
-        if id(scaled) not in found.leaves and not self._detached:
+        self._sketches[evaluation] = replay.Sketch(outputs)
+        if self._asked() and id(scaled) not in found.leaves and not self._detached:
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         own = {id(scaled), id(level), *map(id, self._cond)}
         self._leaves.update((key, leaf) for key, leaf in found.leaves.items() if key not in own)
         return [output.detach() for output in outputs]
+
+    def _asked(self) -> bool:
+        """Whether the state that a model call sees may carry a gradient."""
+        known = [*self._trajectory.cond.tensors, *self._trajectory.noise.tensors]
+        asked = self._wanted or self._levels or any(x.requires_grad for x in known)
+        return asked or bool(self._leaves)
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
         """Runs the transposed program.
@@ -141,6 +154,21 @@ class Adjoint:
             wants_z0: whether z0 is differentiated by.
         """
         self._states.adopt(kept)
+        try:
+            gradients = self._transposed(lam, wants_z0)
+        finally:
+            self._states.release()
+        changed = [e.step for e, flag in self._changed.items() if bool(flag)]
+        self._changed.clear()
+        if changed:
+            raise replay.ReplayError(
+                f"the denoiser must return the same when it is called again, got another output at "
+                f"step {min(changed)}; does it draw from a generator of its own, or were weights "
+                "or inputs changed since? memory='store' calls it once"
+            )
+        return gradients
+
+    def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
         program = self._trajectory.program
         transposed = fused(transpose(program))
         readers = program.readers()
@@ -179,9 +207,11 @@ class Adjoint:
         x = self._states.load(evaluation.state.call)
         with self._circumstances[evaluation].restored(), torch.enable_grad():
             scaled, level, outputs = self._call(evaluation, x)
+        self._changed[evaluation] = self._sketches[evaluation].differs(outputs)
         for slot, value in zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True):
             for reader, c in readers.get(slot, ()):
-                gradients.number(c, value.detach(), cot[reader])
+                if reader in cot:
+                    gradients.number(c, value.detach(), cot[reader])
         pairs = [
             (output, cot[slot].to(output.dtype))
             for slot, output in zip(evaluation.writes, outputs, strict=True)
@@ -193,13 +223,14 @@ class Adjoint:
         skipped = range(len(self._cond), len(inner) - len(self._leaves))
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
-        g, *rest = torch.autograd.grad(
-            [output for output, _ in pairs],
-            [scaled, *levels, *(inner[k] for k in wanted)],
-            [mu for _, mu in pairs],
-            allow_unused=True,
-            retain_graph=self._outer,
-        )
+        with replay.without_hooks(list(self._leaves.values())):
+            g, *rest = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [scaled, *levels, *(inner[k] for k in wanted)],
+                [mu for _, mu in pairs],
+                allow_unused=True,
+                retain_graph=self._outer,
+            )
         if levels:
             dlevel = rest.pop(0)
             if dlevel is not None:
@@ -274,13 +305,18 @@ class Connection(torch.autograd.Function):
         """The run's output; ``inputs`` are the coefficients and `Adjoint.inputs`."""
         ctx.adjoint = adjoint
         ctx.count = len(inputs)
-        ctx.save_for_backward(z0, *inputs, *adjoint.release())
-        return adjoint.output
+        output, states = adjoint.release()
+        ctx.save_for_backward(z0, *inputs, *states)
+        return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
         """Cotangents of z0, the coefficients and the inputs."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "memory='checkpoint' must be differentiated once, got create_graph=True; "
+                "memory='store' has a gradient of the gradient"
+            )
         kept = ctx.saved_tensors[1 + ctx.count :]
         gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
         rest = [gradients.tensors.get(k) for k in range(ctx.count - 1)]

@@ -17,7 +17,7 @@ from gradsampler import _checks, reference
 
 __all__ = ["Backend", "available", "choose"]
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+MAX_TERMS = 6  # of one fused step
 
 
 @dataclass(frozen=True)

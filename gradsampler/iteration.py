@@ -44,7 +44,7 @@ class StepMap(Parameterization):
         return Preconditioning(0.0, (1.0,), 1.0, sigma)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        return (self.network(x, round(noise[0].item()), **cond),)
+        return (self.network(x, int(noise[0].item()), **cond),)
 
 
 def program(step_map: StepMap, num_steps: int) -> Program:

@@ -21,7 +21,7 @@ class StepInfo(NamedTuple):
     step: int  # 0 .. num_steps-1
     num_steps: int
     sigma: float  # level of the step's first model evaluation, churn included
-    x: Tensor  # [B, *state] the state at that level, detached
+    x: Tensor  # [B, *state] the state at that level, a copy
     denoised: Tensor  # [B, *state] what the model predicted there, detached
 
 
@@ -63,7 +63,7 @@ class Observer:
         slots = dict(zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True))
         denoised = self._denoised(evaluation, slots).to(x.dtype)
         sigma = self._numbers[evaluation.sigma]
-        self._info = StepInfo(evaluation.step, self._num_steps, sigma, x.detach(), denoised)
+        self._info = StepInfo(evaluation.step, self._num_steps, sigma, x.detach().clone(), denoised)
 
     def finished(self) -> None:
         """Takes note of the end of the run."""

@@ -72,6 +72,46 @@ def _shared(new: RandomState, old: RandomState) -> RandomState:
     return old if all(torch.equal(a, b) for a, b in pairs) else new
 
 
+class ReplayError(RuntimeError):
+    """A model call that was made again returned something else, so its gradient would be wrong."""
+
+
+class Sketch:
+    """A few elements of a call's outputs, enough to tell whether a second call gave the same."""
+
+    def __init__(self, outputs: Sequence[Tensor]) -> None:
+        self._parts = [_thinned(output) for output in outputs]
+
+    def differs(self, outputs: Sequence[Tensor]) -> Tensor:
+        """A 0-d bool: whether ``outputs`` are others, beyond what rounding may do."""
+        flags = []
+        for part, output in zip(self._parts, outputs, strict=True):
+            error = (_thinned(output) - part).abs().max()
+            rounding = 256 * torch.finfo(output.dtype).eps
+            # A NaN compares false: it is what the first call returned as well, or is seen later.
+            flags.append(error > rounding * part.abs().max().clamp_min(1e-6))
+        return torch.stack(flags).any()
+
+
+def _thinned(output: Tensor) -> Tensor:
+    flat = output.detach().flatten()
+    return flat[:: max(1, len(flat) // 64)].to(torch.float32, copy=True)
+
+
+@contextmanager
+def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Silences the tensors' gradient hooks, which are to see the sum over all calls, once."""
+    hooked = [hooks for x in leaves if (hooks := x._backward_hooks)]
+    saved = [dict(hooks) for hooks in hooked]
+    try:
+        for hooks in hooked:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, was in zip(hooked, saved, strict=True):
+            hooks.update(was)
+
+
 class Reached(NamedTuple):
     """What the graph of a model call leads to."""
 
@@ -94,7 +134,8 @@ def reached(outputs: Sequence[Tensor], since: int) -> Reached:
     while pending:
         node = pending.pop()
         if type(node).__name__ == "AccumulateGrad":
-            leaves[id(node.variable)] = node.variable
+            variable: Tensor = node.variable  # type: ignore[attr-defined]
+            leaves[id(variable)] = variable
             continue
         outer = outer or node._sequence_nr() <= since
         for parent, _ in node.next_functions:

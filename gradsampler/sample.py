@@ -126,6 +126,8 @@ def integrate(
     check_finite: bool = False,
 ) -> Tensor:
     """Runs a recorded program; the arguments are those of `sample`."""
+    if z0.is_inference() and not torch.is_inference_mode_enabled():
+        z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
     source = _noise(noise, program, z0)
     if state_dtype is not None and not state_dtype.is_floating_point:
         _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))

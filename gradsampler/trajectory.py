@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.backends import Backend
+from gradsampler.backends import MAX_TERMS, Backend
 from gradsampler.conditioning import Conditioning
 from gradsampler.noise import NoiseSource, draw_of
 from gradsampler.observer import Observer
 from gradsampler.parameterization import Parameterization
-from gradsampler.program import Z0, Evaluation, Injection, Program, Slot, Stage, Terms
+from gradsampler.program import Z0, Evaluation, Injection, Instruction, Program, Slot, Stage, Terms
 
 Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
-Evaluate = Callable[[Evaluation, Tensor], Sequence[Tensor]]
+Evaluate = Callable[[Evaluation, Tensor, Tensor | None], Sequence[Tensor]]
 
 
 class GradientWarning(UserWarning):
@@ -50,25 +50,43 @@ class Trajectory:
         Args:
             z0: [B, *state] of the state's dtype.
             numbers: the program's coefficients.
-            evaluate: from an evaluation and its state to the model's outputs.
+            evaluate: from an evaluation, its state, and the model's input where that is at hand,
+                to the model's outputs.
         """
-        slots = {Z0: z0}
-        for instruction, dead in zip(
-            self.program.instructions, self.program.last_reads(), strict=True
+        slots, scaled = {Z0: z0}, None
+        instructions = self.program.instructions
+        for instruction, following, dead in zip(
+            instructions, (*instructions[1:], None), self.program.last_reads(), strict=True
         ):
             if isinstance(instruction, Stage):
-                slots[instruction.writes] = self.combine(
-                    instruction.terms, slots, numbers, instruction.injection, z0
-                )
+                x, scaled = self._stage(instruction, following, slots, numbers, z0)
+                slots[instruction.writes] = x
             elif isinstance(instruction, Evaluation):
                 x = slots[instruction.state]
-                outputs = evaluate(instruction, x)
+                outputs = evaluate(instruction, x, scaled)
                 slots.update(zip(instruction.writes, outputs, strict=True))
                 self.observer.evaluated(instruction, x, outputs)
             for slot in dead:
                 del slots[slot]
         self.observer.finished()
         return slots[self.program.output]
+
+    def _stage(
+        self,
+        stage: Stage,
+        following: Instruction | None,
+        slots: dict[Slot, Tensor],
+        numbers: Numbers,
+        z0: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A state, and from the same launch the model's input if that differs from it."""
+        scale = None
+        if isinstance(following, Evaluation) and not torch.is_grad_enabled():
+            c_in = numbers[following.c_in]
+            if c_in != 1.0 or self.model_dtype != self.state_dtype:
+                scale = c_in
+        result = self.combine(stage.terms, slots, numbers, stage.injection, z0, scale)
+        return result if isinstance(result, tuple) else (result, None)
 
     def combine(
         self,
@@ -77,28 +95,40 @@ class Trajectory:
         numbers: Numbers,
         injection: Injection | None = None,
         z0: Tensor | None = None,
-    ) -> Tensor:
-        """One affine stage: a combination of slots plus the injected noise."""
-        draw = None
+        model_scale: float | Tensor | None = None,
+    ) -> Any:
+        """A combination of slots plus the injected noise; with ``model_scale`` a pair, the second
+        being the model's input.
+        """
+        draw, tensors = None, [slots[slot] for slot, _ in terms]
+        factors = [numbers[c] for _, c in terms]
         if injection is not None:
             assert z0 is not None
             draw = draw_of(self.noise, z0, injection.step, self.program.num_steps, self.state_dtype)
-        result: Tensor = self.backend.step_fwd(
-            [slots[slot] for slot, _ in terms],
-            [numbers[c] for _, c in terms],
+        while len(tensors) > MAX_TERMS:
+            partial = self.backend.step_fwd(
+                tensors[:MAX_TERMS], factors[:MAX_TERMS], out_dtype=self.state_dtype
+            )
+            tensors = [partial, *tensors[MAX_TERMS:]]
+            factors = [1.0, *factors[MAX_TERMS:]]
+        return self.backend.step_fwd(
+            tensors,
+            factors,
             z0,
             draw,
             numbers[injection.coefficient] if injection else 0.0,
             out_dtype=self.state_dtype,
+            model_scale=model_scale,
+            model_dtype=self.model_dtype,
         )
-        return result
 
     def model_input(
-        self, evaluation: Evaluation, x: Tensor, numbers: Numbers
+        self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None, numbers: Numbers
     ) -> tuple[Tensor, Tensor]:
         """What the model is called with: the scaled state [B, *state] and the level [B]."""
         c_in, c_noise = numbers[evaluation.c_in], numbers[evaluation.c_noise]
-        scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
+        if scaled is None:
+            scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
         dtype = self.model.level_dtype or torch.promote_types(self.model_dtype, torch.float32)
         level = torch.as_tensor(c_noise, dtype=dtype, device=x.device).expand(len(x))
         return scaled.to(self.model_dtype), level

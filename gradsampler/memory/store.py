@@ -3,11 +3,12 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gradsampler._ops import differentiable
 from gradsampler.memory.base import Memory
 from gradsampler.program import Evaluation
 from gradsampler.trajectory import GradientWarning, Numbers, Trajectory
@@ -26,16 +27,22 @@ class Store(Memory):
         numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
         warned = False
 
-        def evaluate(evaluation: Evaluation, x: Tensor) -> Sequence[Tensor]:
+        def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             nonlocal warned
             if x.requires_grad:
                 x.register_hook(lambda g: trajectory.observer.finite(evaluation, g, "the gradient"))
-            scaled, level = trajectory.model_input(evaluation, x, numbers)
+            model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
             cond = trajectory.cond.filled(trajectory.cond.tensors)
-            outputs = trajectory.call(evaluation, scaled, level, cond)
-            if scaled.requires_grad and not warned and not any(d.requires_grad for d in outputs):
+            outputs = trajectory.call(evaluation, model_input, level, cond)
+            if (
+                model_input.requires_grad
+                and not warned
+                and not any(d.requires_grad for d in outputs)
+            ):
                 warned = True
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             return outputs
 
+        if torch.is_grad_enabled():
+            trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         return trajectory.forward(z0, numbers, evaluate)
