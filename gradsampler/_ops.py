@@ -305,7 +305,7 @@ def _ancestral_step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     else:
         rest = (coefs, nonzero, clamp, needs, backend)
         found = ancestral_step_backward(g, x, model_output, noise, *rest)
-    return *_spread(found, needs), None, None, None if clamp else [], None
+    return *_spread(found, needs), None, None, None, None
 
 
 ancestral_step = _register(

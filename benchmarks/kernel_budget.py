@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each Triton kernel costs an element, read from its machine code; no GPU is needed.
+
+    python -P benchmarks/kernel_budget.py --json
+
+The launchers run on CPU tensors with the launch itself replaced: their arguments say which variant
+to compile. A row gives registers, stack bytes, spills (local loads and stores), the narrowest
+global load and store in bytes, static instructions and memory traffic an element, and the
+instructions an element that an H100 can issue while its memory delivers that traffic: a kernel
+below that number is bound by memory.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, step
+from gradsampler.noise import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NUM_WARPS = 4  # Triton's default, which the launchers leave alone
+
+# H100: 132 multiprocessors that issue to 128 lanes a cycle at 1.98 GHz, 4.3 TB/s of memory.
+LANE_INSTRUCTIONS_A_BYTE = 132 * 128 * 1.98e9 / 4.3e12
+
+SHAPE = (4, 16, 32, 32)
+WAVE = {"gain": 1.1, "rate": 0.3, "amplitude": 0.1, "phase": 0.4}
+DRAWS = {
+    "off": None,
+    "sincos": Draw(SINCOS, 3, **WAVE),
+    "signed_roll": Draw(SIGNED_ROLL, 3, seed=1, offset=77),
+    "philox": Draw(OFF, 3, normal=1.0, normal_seed=2),
+    "philox+sincos": Draw(SINCOS, 3, weight=0.6, normal=0.8, **WAVE),
+    "philox+signed_roll": Draw(SIGNED_ROLL, 3, weight=0.6, normal=0.8, offset=77),
+    "given": Draw(GIVEN, 3),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled variant of one kernel."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    noise: str
+    registers: int
+    stack: int  # bytes a thread
+    spills: int
+    load_width: int  # bytes, the narrowest
+    store_width: int
+    instructions_per_element: float
+    bytes_per_element: int
+    memory_bound_below: float  # instructions an element
+
+
+def _draw(noise: str, dtype: torch.dtype) -> Draw | None:
+    draw = DRAWS[noise]
+    if noise == "given" and draw is not None:
+        draw = draw._replace(given=torch.empty(SHAPE, dtype=dtype))
+    return draw
+
+
+def _step_fwd(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    step.step_fwd([x, x], [0.5, 0.5], x, _draw(noise, dtype), 0.7)
+    return (3 if noise in ("off", "philox") else 4) * x.itemsize
+
+
+def _step_fwd_model_in(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE)
+    d = torch.empty(SHAPE, dtype=dtype)
+    step.step_fwd([x, d], [0.5, 0.5], x, _draw(noise, dtype), 0.7, model_scale=0.5,
+                  model_dtype=dtype)  # fmt: skip
+    return 3 * x.itemsize + 2 * d.itemsize
+
+
+def _step_bwd(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    dz0 = None if noise == "off" else x
+    step.step_bwd(x, [x, x], [0.5, 0.5], x, _draw(noise, dtype), 0.7, dz0=dz0,
+                  needs_terms=[True, True])  # fmt: skip
+    return {"off": 3, "sincos": 6, "signed_roll": 5}[noise] * x.itemsize
+
+
+def _adjoint_step(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    dz0 = None if noise == "off" else x
+    adjoint.adjoint_step([x], [0.5], x, 0.5, [0.0, 0.5], x, _draw(noise, dtype), 0.7, dz0)
+    return {"off": 4, "sincos": 7, "signed_roll": 6}[noise] * x.itemsize
+
+
+def _ancestral_step_fwd(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    output = torch.empty(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], dtype=dtype)
+    ancestral.ancestral_step_fwd(x, output, x, [0.5] * 6, clamp=(-1.0, 1.0))
+    return 5 * x.itemsize
+
+
+def _ancestral_step_bwd(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    output = torch.empty(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], dtype=dtype)
+    ancestral.ancestral_step_bwd(x, x, output, x, [0.5] * 6, clamp=(-1.0, 1.0))
+    return 9 * x.itemsize
+
+
+def _flow_pair_fwd(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    flow_pair.flow_pair_fwd(x, torch.empty(SHAPE[0]), x if noise == "given" else None)
+    return (4 if noise == "given" else 3) * x.itemsize
+
+
+def _flow_pair_bwd(noise: str, dtype: torch.dtype) -> int:
+    x = torch.empty(SHAPE, dtype=dtype)
+    x1 = x if noise == "given" else None
+    flow_pair.flow_pair_bwd(x, x, x, torch.empty(SHAPE[0]), x1, needs_t=False)
+    return (4 if noise == "given" else 3) * x.itemsize
+
+
+CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
+    ("step_fwd", _step_fwd, tuple(DRAWS)),
+    ("step_fwd+model_in", _step_fwd_model_in, ("sincos", "signed_roll")),
+    ("step_bwd", _step_bwd, ("off", "sincos", "signed_roll")),
+    ("adjoint_step", _adjoint_step, ("off", "sincos", "signed_roll")),
+    ("ancestral_step_fwd", _ancestral_step_fwd, ("given",)),
+    ("ancestral_step_bwd", _ancestral_step_bwd, ("given",)),
+    ("flow_pair_fwd", _flow_pair_fwd, ("given", "philox")),
+    ("flow_pair_bwd", _flow_pair_bwd, ("given",)),
+]
+KERNELS = [
+    step.step_fwd_kernel,
+    step.step_bwd_kernel,
+    adjoint.adjoint_step_kernel,
+    ancestral.ancestral_step_fwd_kernel,
+    ancestral.ancestral_step_bwd_kernel,
+    flow_pair.flow_pair_fwd_kernel,
+    flow_pair.flow_pair_bwd_kernel,
+]
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Collects (kernel, arguments by name) of every launch instead of launching."""
+    launches: list[tuple[Any, dict[str, Any]]] = []
+
+    def recorder(kernel: Any) -> Callable[..., None]:
+        def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            launches.append((kernel, {name: bound[name] for name in kernel.arg_names}))
+
+        return run
+
+    for kernel in KERNELS:
+        kernel.run = recorder(kernel)
+    try:
+        yield launches
+    finally:
+        for kernel in KERNELS:
+            del kernel.run
+
+
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+
+
+def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+    """The variant of ``kernel`` that a launch with these arguments would compile."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(x: Any, path: tuple[int, ...], specialise: bool, constexpr: bool) -> Any:
+        if isinstance(x, tuple) and not constexpr:
+            # Triton specialises what is in a tuple whatever it was told.
+            return tuple(describe(y, (*path, i), True, False) for i, y in enumerate(x))
+        if constexpr or x is None or (specialise and isinstance(x, int) and x == 1):
+            constants[path] = x
+            return "constexpr"
+        if specialise and not isinstance(x, float) and (isinstance(x, torch.Tensor) or x % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(x, torch.Tensor):
+            return POINTERS[x.dtype]
+        return "fp32" if isinstance(x, float) else "i32"
+
+    signature = {
+        p.name: describe(arguments[p.name], (i,), not p.do_not_specialize, p.is_constexpr)
+        for i, p in enumerate(kernel.params)
+    }
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _nvidia(compiled: Any) -> tuple[int, int, int, list[str]]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+
+        def dump(option: str) -> str:
+            command = [str(tool), option, str(cubin)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage, listing = dump("-res-usage"), dump("-sass")
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\S*)", listing, re.M)
+    while code and code[-1] in ("NOP", "BRA", "NOP;"):
+        code.pop()
+    registers, stack = (int(re.findall(rf"{x}:(\d+)", usage)[-1]) for x in ("REG", "STACK"))
+    return registers, stack, sum(c.startswith(("LDL", "STL")) for c in code), code
+
+
+def _amd(compiled: Any) -> tuple[int, int, int, list[str]]:
+    listing = compiled.asm["amdgcn"]
+    body = listing[listing.index(".cfi_startproc") : listing.rindex("s_endpgm")]
+    code = re.findall(r"^\s+((?:[sv]|ds|global|buffer|scratch|flat)_\w+)", body, re.M)
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", listing)[-1])
+
+    return (
+        field("vgpr_count"),
+        field("private_segment_fixed_size"),
+        field("vgpr_spill_count") + field("sgpr_spill_count"),
+        code,
+    )
+
+
+NVIDIA_WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+
+
+def _width(instruction: str) -> int:
+    if "_" in instruction:
+        return AMD_WIDTHS.get(instruction.split("_")[2], 2)
+    fields = instruction.rstrip(";").split(".")
+    return next((NVIDIA_WIDTHS[x] for x in fields if x in NVIDIA_WIDTHS), 4)
+
+
+def measure(name: str, arch: str, dtype: str, noise: str, run: Callable[..., int]) -> Row:
+    """Compiles one case for one architecture and reads its machine code."""
+    target = TARGETS[arch]
+    launch.WARP = target.warp_size
+    with recorded_launches() as launches:
+        traffic = run(noise, DTYPES[dtype])
+    ((kernel, arguments),) = launches
+    compiled = triton.compile(
+        source(kernel, arguments), target=target, options={"num_warps": NUM_WARPS}
+    )
+    registers, stack, spills, code = (_amd if target.backend == "hip" else _nvidia)(compiled)
+    loads = [_width(c) for c in code if re.match(r"LDG|(global|buffer)_load", c)]
+    stores = [_width(c) for c in code if re.match(r"STG|(global|buffer)_store", c)]
+    elements = arguments["BLOCK"] / (NUM_WARPS * target.warp_size)
+    return Row(
+        name, arch, dtype, noise, registers, stack, spills, min(loads, default=0), min(stores),
+        round(len(code) / elements, 2), traffic, round(traffic * LANE_INSTRUCTIONS_A_BYTE, 1),
+    )  # fmt: skip
+
+
+def rows(
+    archs: list[str], kernels: list[str] | None = None, noises: list[str] | None = None
+) -> Iterator[Row]:
+    """All rows for the architectures, or those of the named kernels and noises."""
+    for name, run, known in CASES:
+        for arch in archs:
+            for dtype in DTYPES:
+                for noise in known:
+                    if (not kernels or name in kernels) and (not noises or noise in noises):
+                        yield measure(name, arch, dtype, noise, run)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--arch", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--kernel", action="append", choices=[c[0] for c in CASES])
+    parser.add_argument("--noise", action="append", choices=DRAWS)
+    options = parser.parse_args()
+    for row in rows(options.arch or list(TARGETS), options.kernel, options.noise):
+        if options.json:
+            print(json.dumps(asdict(row)), flush=True)
+        else:
+            print(*asdict(row).values(), sep="\t", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled kernels cost an element, without a GPU: benchmarks/kernel_budget.py."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("compiling the kernels needs triton", allow_module_level=True)
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernel_budget.py"
+
+# Static instructions an element of two terms and sincos on sm_90.
+LIMITS = {
+    ("step_fwd", "float32"): 24,
+    ("step_fwd", "bfloat16"): 28,
+    ("step_bwd", "float32"): 26,
+    ("step_bwd", "bfloat16"): 30,
+}
+# Two Philox blocks for every eight 16-bit elements: as much arithmetic as memory allows, or more.
+BOUND_BY_ISSUE = {("step_fwd", "philox+signed_roll", "bfloat16")}
+
+
+def budget(*options: str) -> list[dict]:
+    command = [sys.executable, "-P", str(SCRIPT), "--json", *options]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return budget("--arch", "sm_90")
+
+
+VARIANTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import kernel_budget
+import torch
+from gradsampler.kernels import step
+from gradsampler.noise import SIGNED_ROLL, SINCOS, Draw
+
+x = torch.empty(2, 64)
+for kind in (SINCOS, SIGNED_ROLL):
+    for dtype in (torch.float32, torch.float64):
+        variants = set()
+        for index in (0, 1, 16, 17):
+            draw = Draw(kind, index, seed=index * 2**31, offset=index or 3, normal=0.5,
+                        normal_seed=index + 2**40, rate=0.1 * index, amplitude=index)
+            with kernel_budget.recorded_launches() as launches:
+                step.step_fwd([x.to(dtype)], [float(index)], x, draw, 0.5 * index + 1)
+            variants.add(kernel_budget.source(*launches[0]).hash())
+        assert len(variants) == 1, (kind, dtype)
+"""
+
+
+def test_no_step_compiles_a_kernel_anew():
+    command = [sys.executable, "-P", "-c", VARIANTS, str(SCRIPT.parent)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def rolls(row: dict) -> bool:
+    return "signed_roll" in row["noise"]
+
+
+def widths_hold(row: dict) -> None:
+    # The rolled element lies anywhere, and a time is one number for a whole sample.
+    if not rolls(row) and not row["kernel"].startswith("flow_pair"):
+        assert row["load_width"] == 16, row
+    if not rolls(row) or "fwd" in row["kernel"]:
+        assert row["store_width"] == 16, row
+
+
+def test_every_kernel_has_its_rows(hopper):
+    assert {row["kernel"] for row in hopper} == {
+        "step_fwd",
+        "step_fwd+model_in",
+        "step_bwd",
+        "adjoint_step",
+        "ancestral_step_fwd",
+        "ancestral_step_bwd",
+        "flow_pair_fwd",
+        "flow_pair_bwd",
+    }
+    assert all(row["registers"] > 0 for row in hopper)
+
+
+def test_no_stack_no_spills_and_wide_accesses(hopper):
+    for row in hopper:
+        assert (row["stack"], row["spills"]) == (0, 0), row
+        widths_hold(row)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), LIMITS)
+def test_sincos_stays_within_its_instructions(hopper, kernel, dtype):
+    (row,) = (
+        r for r in hopper if (r["kernel"], r["dtype"], r["noise"]) == (kernel, dtype, "sincos")
+    )
+    assert row["instructions_per_element"] <= LIMITS[kernel, dtype]
+
+
+def test_kernels_are_bound_by_memory(hopper):
+    for row in hopper:
+        if (row["kernel"], row["noise"], row["dtype"]) not in BOUND_BY_ISSUE:
+            assert row["instructions_per_element"] < row["memory_bound_below"], row
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_other_architectures(arch):
+    kernels = ["step_fwd", "step_bwd", "adjoint_step"]
+    options = [x for k in kernels for x in ("--kernel", k)]
+    rows = budget("--arch", arch, *options, "--noise", "off", "--noise", "sincos")
+    assert len(rows) == 12
+    for row in rows:
+        assert (row["stack"], row["spills"]) == (0, 0), row
+        widths_hold(row)
