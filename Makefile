@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The folder kernels/ must not hide an installed package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
@@ -19,6 +19,19 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
+
+# These two use the python on the PATH, with its own torch and Triton, and no network.
+test-gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pytest tests/test_kernel_step.py tests/test_kernel_ancestral.py \
+		tests/test_kernel_flow_pair.py tests/test_torch_library.py
+
+bench-gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PYTHONPATH=benchmarks $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

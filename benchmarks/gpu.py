@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures that need an NVIDIA GPU: bandwidth, ratios, launch cost, crossover, memory.
+
+    make bench-gpu                       # measures, prints a table, appends rows
+    python benchmarks/gpu.py --rehearse  # the same code on tiny tensors, in the interpreter
+
+Each op's values are compared with the reference before it is timed.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import rows
+import timing
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import gradsampler as gs
+from gradsampler import backends, reference
+from gradsampler.noise import Draw
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Rows = list[dict[str, str]]
+
+
+def triton() -> backends.Backend:
+    return backends.choose("triton", torch.device(DEVICE))
+
+
+def draws(z0: Tensor) -> dict[str, Draw | None]:
+    return {
+        "off": None,
+        "sincos": gs.noise.SinCos().draw(z0, 7, 35),
+        "signed_roll": gs.noise.SignedRoll().draw(z0, 7, 35),
+        "philox": gs.noise.Philox().draw(z0, 7, 35),
+    }
+
+
+def eager_wave(z0: Tensor, draw: Draw) -> Tensor:
+    return draw.gain * z0 + draw.amplitude * torch.sin(draw.rate * z0 + draw.phase)
+
+
+def formula(x: Tensor, d: Tensor, z0: Tensor, draw: Draw) -> Tensor:
+    return 0.9 * x + 0.1 * d + 0.3 * eager_wave(z0, draw)
+
+
+def backward_formula(g: Tensor, z0: Tensor, dz0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    slope = draw.gain + draw.rate * draw.amplitude * torch.cos(draw.rate * z0 + draw.phase)
+    dz0.add_(0.3 * slope * g)
+    return 0.9 * g, 0.1 * g
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-5 if got.dtype == torch.float32 else 2e-2
+    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert float(error) <= tolerance, f"wrong by {float(error):.3g}: not timed"
+
+
+def measured(
+    table: Rows,
+    op: str,
+    x: Tensor,
+    moved: int,
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+) -> None:
+    """Times the variants beside a device copy of the same bytes; adds times and bandwidths."""
+    source = torch.empty(moved // 2, dtype=torch.int8, device=x.device)
+    target = torch.empty_like(source)
+    found = timing.interleaved({"copy": lambda: target.copy_(source), **variants}, rounds)
+    shape, dtype = "x".join(map(str, x.shape)), str(x.dtype).removeprefix("torch.")
+    copy = found["copy"][0]
+    for name, times in found.items():
+        table.append(rows.row(op, name, shape, dtype, "time", "s", times))
+        share = copy / times[0]
+        table.append(
+            rows.row(op, name, shape, dtype, "bandwidth over copy", "1", (share, share, share))
+        )
+        rate = moved / times[0] / 1e12
+        print(f"{op:24} {name:14} {shape:>16} {dtype:9} {times[0] * 1e6:10.1f} us "
+              f"{rate:7.3f} TB/s {share:6.3f} of copy", flush=True)  # fmt: skip
+
+
+def forward(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
+    x, d, z0 = (torch.randn(1, size, device=DEVICE).to(dtype) for _ in range(3))
+    out, backend = torch.empty_like(x), triton()
+    compiled = torch.compile(formula) if DEVICE == "cuda" else formula
+    for kind, draw in draws(z0).items():
+        terms, coefs = [x, d], [0.9, 0.1]
+        amount = 0.0 if draw is None else 0.3
+
+        def fused(terms=terms, coefs=coefs, draw=draw, amount=amount) -> object:
+            return backend.step_fwd(terms, coefs, z0, draw, amount, out=out)
+
+        fused()
+        assert_close(out, reference.step_fwd(terms, coefs, z0, draw, amount))
+        variants: dict[str, Callable[[], object]] = {"triton": fused}
+        if kind == "sincos":
+            variants["torch.compile"] = lambda draw=draw: compiled(x, d, z0, draw)
+            variants["eager"] = lambda draw=draw: formula(x, d, z0, draw)
+        tensors = 4 if kind in ("sincos", "signed_roll") else 3
+        measured(table, f"step_fwd {kind}", x, tensors * x.nbytes, variants, rounds)
+
+
+def backward(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
+    g, z0 = (torch.randn(1, size, device=DEVICE).to(dtype) for _ in range(2))
+    dz0, backend = torch.zeros(1, size, device=DEVICE, dtype=dtype), triton()
+    compiled = torch.compile(backward_formula) if DEVICE == "cuda" else backward_formula
+    for kind, draw in draws(z0).items():
+        if kind not in ("sincos", "signed_roll"):
+            continue
+
+        def fused(draw=draw) -> object:
+            return backend.step_bwd(
+                g, [g, g], [0.9, 0.1], z0, draw, 0.3, dz0=dz0, needs_terms=[True, True]
+            )
+
+        dz0.zero_()
+        fused()
+        expected = torch.zeros_like(dz0)
+        reference.step_bwd(
+            g, [g, g], [0.9, 0.1], z0, draw, 0.3, dz0=expected, needs_terms=[True, True]
+        )
+        assert_close(dz0, expected)
+        variants: dict[str, Callable[[], object]] = {"triton": fused}
+        if kind == "sincos":
+            variants["torch.compile"] = lambda draw=draw: compiled(g, z0, dz0, draw)
+            variants["eager"] = lambda draw=draw: backward_formula(g, z0, dz0, draw)
+        tensors = 6 if kind == "sincos" else 5
+        measured(table, f"step_bwd {kind}", g, tensors * g.nbytes, variants, rounds)
+
+
+def adjoint(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
+    lam, g, z0 = (torch.randn(1, size, device=DEVICE).to(dtype) for _ in range(3))
+    dz0, backend = torch.zeros_like(lam), triton()
+    draw = draws(z0)["sincos"]
+
+    def fused() -> object:
+        return backend.adjoint_step([lam], [0.9], g, 0.5, [0.2, 0.1], z0, draw, 0.3, dz0)
+
+    got = fused()
+    expected = reference.adjoint_step(
+        [lam], [0.9], g, 0.5, [0.2, 0.1], z0, draw, 0.3, torch.zeros_like(dz0)
+    )
+    assert_close(got[0], expected[0])
+    assert_close(got[1], expected[1])
+    measured(table, "adjoint_step sincos", lam, 7 * lam.nbytes, {"triton": fused}, rounds)
+
+
+def launch(table: Rows) -> None:
+    """Host time a step for a small latent: three backends' worth, and inside a CUDA graph."""
+    x, d, z0 = (torch.randn(1, 4, 64, 64, device=DEVICE) for _ in range(3))
+    out, draw = torch.empty_like(x), draws(z0)["sincos"]
+    assert draw is not None
+    runs: dict[str, Callable[[], object]] = {
+        "triton": lambda: triton().step_fwd([x, d], [0.9, 0.1], z0, draw, 0.3, out=out),
+        "registered op": lambda: gs.ops.step([x, d], [0.9, 0.1], z0, gs.noise.SinCos(), 7, 35, 0.3),
+        "eager": lambda: formula(x, d, z0, draw),
+    }
+    if DEVICE == "cuda":
+        runs["torch.compile"] = torch.compile(lambda: formula(x, d, z0, draw))
+        runs["cuda graph of 35"] = captured(runs["triton"], 35)
+    for name, run in runs.items():
+        per_step = 35 if name.startswith("cuda graph") else 1
+        spent = timing.host(run, 200 if DEVICE == "cuda" else 2) / per_step
+        table.append(
+            rows.row("launch", name, "1x4x64x64", "float32", "host time a step", "s", (spent,) * 3)
+        )
+        print(f"launch {name:18} {spent * 1e6:9.2f} us a step of a 4x64x64 latent", flush=True)
+
+
+def captured(run: Callable[[], object], steps: int) -> Callable[[], object]:
+    """A CUDA graph of several steps; capture fails if a step synchronises with the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(steps):
+            run()
+    return graph.replay
+
+
+def plain_step(backend: backends.Backend, size: int) -> Callable[[], object]:
+    x, d, z0 = (torch.randn(1, size, device=DEVICE) for _ in range(3))
+    draw = draws(z0)["sincos"]
+    return lambda: backend.step_fwd([x, d], [0.9, 0.1], z0, draw, 0.3)
+
+
+def crossover(table: Rows, sizes: list[int], rounds: int) -> None:
+    """Where the fused step overtakes plain torch."""
+    for size in sizes:
+        found = timing.interleaved(
+            {
+                "triton": plain_step(triton(), size),
+                "reference": plain_step(backends.REFERENCE, size),
+            },
+            rounds,
+        )
+        for name, times in found.items():
+            table.append(rows.row("crossover", name, f"1x{size}", "float32", "time", "s", times))
+        ratio = found["reference"][0] / found["triton"][0]
+        print(f"crossover {size:>10} elements: triton {ratio:6.2f} times as fast", flush=True)
+
+
+def memory(table: Rows, counts: list[int]) -> None:
+    """Peak of the allocator against the number of steps, by memory strategy."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 64, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(64, 4, 3, padding=1)
+    ).to(DEVICE)
+    size = 256 if DEVICE == "cuda" else 8
+    for steps in counts:
+        for strategy in ("store", "checkpoint"):
+            z0 = torch.randn(1, 4, size, size, device=DEVICE, requires_grad=True)
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+            x = gs.sample(lambda x, s: network(x), z0, gs.schedules.karras(steps), memory=strategy)
+            torch.autograd.grad(x.square().mean(), z0)
+            peak = torch.cuda.max_memory_allocated() - before if DEVICE == "cuda" else 0
+            shape = f"1x4x{size}x{size} N={steps}"
+            table.append(
+                rows.row("memory", strategy, shape, "float32", "peak", "B", (float(peak),) * 3)
+            )
+            print(f"memory {strategy:12} N={steps:5}: {peak / 2**20:10.1f} MiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, writes nothing")
+    parser.add_argument("--out", type=Path, default=rows.RESULTS)
+    arguments = parser.parse_args()
+    if DEVICE == "cpu" and not arguments.rehearse:
+        parser.error("no NVIDIA GPU here: only --rehearse runs")
+    small = arguments.rehearse
+    rounds = 2 if small else 50
+    sizes = [300] if small else [2**24, 2**26]
+    table: Rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in sizes:
+            forward(table, size, dtype, rounds)
+            backward(table, size, dtype, rounds)
+            adjoint(table, size, dtype, rounds)
+    launch(table)
+    crossover(table, [64, 256] if small else [2**k for k in range(10, 25, 2)], rounds)
+    memory(table, [2, 4] if small else [16, 64, 256])
+    if small:
+        print("rehearsed: every part ran, and no time above means anything")
+    else:
+        print(f"{len(table)} rows appended to {rows.append(table, arguments.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark scripts run; that their times mean something only the right machine can show."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **environment):
+    path = str(ROOT / "benchmarks")
+    return subprocess.run(
+        [sys.executable, "-P", *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_gpu_benchmark_rehearses_every_part():
+    pytest.importorskip("triton")
+    done = run("benchmarks/gpu.py", "--rehearse")
+    assert done.returncode == 0, done.stderr
+    for part in ("step_fwd philox", "step_bwd signed_roll", "adjoint_step", "launch", "crossover"):
+        assert part in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("rehearsed")
+
+
+def test_main_job_benchmark_rehearses():
+    done = run("benchmarks/main_job.py", "--rehearse")
+    assert done.returncode == 0, done.stderr
+    for part in ("read as their class", "mean p(7)", "time over store", "own time"):
+        assert part in done.stdout
+
+
+def test_rows_are_appended_with_their_circumstances(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import rows
+
+    line = rows.row("step", "triton", "1x4", "float32", "time", "s", (2.0, 1.0, 3.0))
+    first = rows.append([line], tmp_path)
+    assert rows.append([line, line], tmp_path) == first
+    with first.open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 3
+    assert [table[0][name] for name in ("median", "q20", "q80")] == ["2", "1", "3"]
+    assert all(table[0][name] for name in ("device", "torch", "commit", "date"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.csv")), ids=str)
+def test_recorded_rows_have_the_columns_of_today(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import rows
+
+    with path.open() as file:
+        reader = csv.DictReader(file)
+        assert tuple(reader.fieldnames) == rows.COLUMNS
+        assert all(float(line["median"]) >= 0 for line in reader)
