@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -19,6 +19,9 @@ class Conditioning:
     def __init__(self, cond: Mapping[str, Any] | None) -> None:
         if cond is not None and not isinstance(cond, Mapping):
             _checks.fail_type("cond", "be a dict or None", cond)
+        for key in cond or ():
+            if not isinstance(key, str):
+                _checks.fail_type("cond: each key", "be a str, as a keyword argument", key)
         self._leaves, self._structure = pytree.tree_flatten(dict(cond or {}))
         self._places = [i for i, x in enumerate(self._leaves) if isinstance(x, Tensor)]
 

@@ -50,13 +50,17 @@ class Observer:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def evaluating(self, evaluation: Evaluation) -> None:
+        """Takes note that the model is about to be evaluated: the step before may be over."""
+        if evaluation.step != self._step:
+            self._end_step()
+
     def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Takes note of a model evaluation."""
         for value, what in ((x, "the state"), *((d, "the model's output") for d in outputs)):
             self.finite(evaluation, value, what)
         if evaluation.step == self._step:
             return
-        self._end_step()
         self._step = evaluation.step
         if self._callback is None or evaluation.step == self._num_steps:
             return

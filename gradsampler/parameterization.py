@@ -13,7 +13,7 @@ it. The state is in VE coordinates, ``x = x0 + s*e``; in a native flow run it is
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Parameterization(ABC):
             return c.to(dtype).view(-1, *[1] * (x.ndim - 1)) if isinstance(c, Tensor) else c
 
         noise = torch.as_tensor(maps.c_noise).to(dtype).to(x.device).expand(len(x))
-        outputs = self.outputs((column(maps.c_in) * x).to(x.dtype), noise, cond)
+        outputs = self.outputs((column(maps.c_in) * x).to(model_dtype(self, x)), noise, cond)
         denoised = column(maps.c_skip) * x
         for c_out, output in zip(maps.c_out, outputs, strict=True):
             denoised = denoised + column(c_out) * output
@@ -114,6 +114,7 @@ class EDM(Parameterization):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        _callable("EDM: network", self.network)
         if not _checks.finite("EDM: sigma_data", self.sigma_data) > 0:
             _checks.fail("EDM: sigma_data", "be positive", self.sigma_data)
 
@@ -146,7 +147,7 @@ class VP(Parameterization):
         alphas_cumprod: Tensor,
         prediction: str = "epsilon",
     ) -> None:
-        self.network = network
+        self.network = _callable("VP: network", network)
         self.prediction = _checks.choice("VP: prediction", prediction, ("epsilon", "v", "x0"))
         alphas = _checks.floating("VP: alphas_cumprod", alphas_cumprod).to("cpu", torch.float64)
         if alphas.ndim != 1 or len(alphas) < 2:
@@ -185,7 +186,7 @@ class Flow(Parameterization):
     """
 
     def __init__(self, network: Network) -> None:
-        self.network = network
+        self.network = _callable("Flow: network", network)
 
     def preconditioning(self, sigma: Tensor) -> Preconditioning:
         shrink = 1 / (1 + sigma)
@@ -218,6 +219,8 @@ class Guided(Parameterization):
             scale = scale.to("cpu", torch.float64)
         else:
             scale = _checks.finite("Guided: scale", scale)
+        if not isinstance(unconditional, Mapping):
+            _checks.fail_type("Guided: unconditional", "be a dict", unconditional)
         self.scale = scale
         self.unconditional = dict(unconditional)
 
@@ -247,6 +250,12 @@ def parameterize(denoiser: "Parameterization | Network", prediction: str) -> Par
     if not callable(denoiser):
         _checks.fail_type("denoiser", "be callable as denoiser(x, sigma, **cond)", denoiser)
     return Prediction(denoiser, _checks.choice("prediction", prediction, KINDS))
+
+
+def _callable(argument: str, network: Any) -> Network:
+    if not callable(network):
+        _checks.fail_type(argument, "be callable as network(x, level, **cond)", network)
+    return cast(Network, network)
 
 
 def model_dtype(model: Parameterization, z0: Tensor) -> torch.dtype:

@@ -167,11 +167,12 @@ class Program:
         return readers
 
     def last_reads(self) -> list[set[Slot]]:
-        """For each instruction the slots that it reads and nothing after it does."""
+        """For each instruction the slots that it reads or writes and nothing after it reads."""
         needed, dead = {self.output}, []
         for instruction in reversed(self.instructions):
             reads = set(instruction.reads())
-            dead.append(reads - needed)
+            writes = set(instruction.writes) if isinstance(instruction, Evaluation) else set()
+            dead.append((reads | writes) - needed)
             needed |= reads
         return dead[::-1]
 
@@ -310,6 +311,16 @@ class Recorder:
         self._evaluations += 1
         self.predictions.append(Denoised(sigma, denoised))
         return here, denoised
+
+    def before(self, sigma: Tensor) -> Denoised | None:
+        """What the model predicted before the latest, for multistep methods.
+
+        None in the first step, and where churn has raised the level ``sigma`` to that of the
+        prediction or above: it would then lie on the wrong side.
+        """
+        if len(self.predictions) < 2 or not self.predictions[-2].sigma > sigma * (1 + 1e-6):
+            return None
+        return self.predictions[-2]
 
     def finish(self, x: Affine) -> Program:
         """Ends the last stage and returns the program."""

@@ -76,6 +76,16 @@ class ReplayError(RuntimeError):
     """A model call that was made again returned something else, so its gradient would be wrong."""
 
 
+# How far two calls of a kernel that adds in no fixed order may be apart, relative to the largest
+# value; noise drawn anew is farther.
+_ROUNDING = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 1e-2,
+}
+
+
 class Sketch:
     """A few elements of a call's outputs, enough to tell whether a second call gave the same."""
 
@@ -87,9 +97,10 @@ class Sketch:
         flags = []
         for part, output in zip(self._parts, outputs, strict=True):
             error = (_thinned(output) - part).abs().max()
-            rounding = 256 * torch.finfo(output.dtype).eps
             # A NaN compares false: it is what the first call returned as well, or is seen later.
-            flags.append(error > rounding * part.abs().max().clamp_min(1e-6))
+            flags.append(
+                error > _ROUNDING.get(output.dtype, 2e-2) * part.abs().max().clamp_min(1e-6)
+            )
         return torch.stack(flags).any()
 
 
@@ -124,6 +135,22 @@ def mark() -> int:
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).clone().grad_fn
     return node._sequence_nr()  # type: ignore[union-attr]
+
+
+def reaches(outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
+    """Whether the graph built since the number ``since`` of `mark` leads from outputs to ``x``."""
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if node is x.grad_fn or getattr(node, "variable", None) is x:
+            return True
+        if node._sequence_nr() <= since:
+            continue
+        fresh = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= fresh
+        pending += fresh
+    return any(output is x for output in outputs)
 
 
 def reached(outputs: Sequence[Tensor], since: int) -> Reached:

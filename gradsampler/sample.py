@@ -129,8 +129,12 @@ def integrate(
     if z0.is_inference() and not torch.is_inference_mode_enabled():
         z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
     source = _noise(noise, program, z0)
+    if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
+        _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
     if state_dtype is not None and not state_dtype.is_floating_point:
         _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
+    if callback is not None and not callable(callback):
+        _checks.fail_type("callback", "be callable as callback(info), or None", callback)
     state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
     strategy, implementation = memories.resolve(memory), backends.choose(backend, z0.device)
     conditioning, dtype = Conditioning(cond), model_dtype(model, z0)
@@ -145,8 +149,15 @@ def integrate(
 
 def _levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
     """The noise levels in float64 on the CPU, checked."""
-    levels = torch.as_tensor(sigmas) if not isinstance(sigmas, Tensor) else sigmas
-    levels = _checks.floating("sigmas", levels).to("cpu", torch.float64)
+    if not isinstance(sigmas, Tensor):
+        try:
+            sigmas = torch.tensor(sigmas, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            _checks.fail_type("sigmas", "be a tensor or a list of numbers", sigmas)
+    if sigmas.is_meta or sigmas.is_complex() or sigmas.dtype == torch.bool:
+        got = f"{sigmas.dtype} on {sigmas.device}"
+        _checks.fail("sigmas", "be real numbers with values", got)
+    levels = sigmas.to("cpu", torch.float64)
     if levels.ndim != 1 or len(levels) < 2:
         _checks.fail("sigmas", "have shape [N+1] with N >= 1 steps", list(levels.shape))
     values: list[float] = levels.tolist()
@@ -185,6 +196,6 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
         warnings.warn(
             f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
             "window that covers levels of the run, or take a stochastic solver with eta > 0",
-            stacklevel=3,
+            stacklevel=4,
         )
     return noise.prepare(z0, steps)

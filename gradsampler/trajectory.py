@@ -63,6 +63,7 @@ class Trajectory:
                 slots[instruction.writes] = x
             elif isinstance(instruction, Evaluation):
                 x = slots[instruction.state]
+                self.observer.evaluating(instruction)
                 outputs = evaluate(instruction, x, scaled)
                 slots.update(zip(instruction.writes, outputs, strict=True))
                 self.observer.evaluated(instruction, x, outputs)
@@ -81,12 +82,24 @@ class Trajectory:
     ) -> tuple[Tensor, Tensor | None]:
         """A state, and from the same launch the model's input if that differs from it."""
         scale = None
-        if isinstance(following, Evaluation) and not torch.is_grad_enabled():
+        if isinstance(following, Evaluation) and self._exact(stage, slots):
             c_in = numbers[following.c_in]
             if c_in != 1.0 or self.model_dtype != self.state_dtype:
                 scale = c_in
         result = self.combine(stage.terms, slots, numbers, stage.injection, z0, scale)
         return result if isinstance(result, tuple) else (result, None)
+
+    def _exact(self, stage: Stage, slots: dict[Slot, Tensor]) -> bool:
+        """Whether the state is rounded by the stage to what it is computed in.
+
+        Then the model's input comes out the same from the stage as from the state, which is all
+        that a replay has.
+        """
+        if torch.is_grad_enabled() or self.state_dtype not in (torch.float32, torch.float64):
+            return False
+        operands = [*(slots[slot] for slot, _ in stage.terms), *self.noise.tensors]
+        wide = any(x.dtype == torch.float64 for x in operands)
+        return self.state_dtype == torch.float64 or not wide
 
     def combine(
         self,
@@ -137,9 +150,21 @@ class Trajectory:
         self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         """Calls the model and checks what it returns."""
+        version = _version(x)
         outputs = self.model.outputs(x, level, cond)
+        if _version(x) != version:
+            _checks.fail(
+                f"denoiser: its input at step {evaluation.step}",
+                "stay as it is",
+                "a change in place",
+                "give the denoiser x.clone()",
+            )
         for output in outputs:
             name = f"denoiser: the output at step {evaluation.step}"
             _checks.shape(name, _checks.floating(name, output), x.shape)
             _checks.device(name, output, x.device)
         return outputs
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

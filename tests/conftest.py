@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen at import."""
+"""What all tests share: Triton's interpreter where there is no GPU, one thread a process."""
 
 import os
 
 import torch
 
+# Tensors are tiny here: a second thread costs more than it brings, and two processes run at once.
+torch.set_num_threads(1)
+
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported

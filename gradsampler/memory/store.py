@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradsampler import replay
 from gradsampler._ops import differentiable
 from gradsampler.memory.base import Memory
 from gradsampler.program import Evaluation
@@ -33,12 +34,10 @@ class Store(Memory):
                 x.register_hook(lambda g: trajectory.observer.finite(evaluation, g, "the gradient"))
             model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
             cond = trajectory.cond.filled(trajectory.cond.tensors)
+            asked = model_input.requires_grad and not warned
+            since = replay.mark() if asked else 0
             outputs = trajectory.call(evaluation, model_input, level, cond)
-            if (
-                model_input.requires_grad
-                and not warned
-                and not any(d.requires_grad for d in outputs)
-            ):
+            if asked and not replay.reaches(outputs, model_input, since):
                 warned = True
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             return outputs

@@ -32,6 +32,8 @@ class Churn:
         _checks.finite("Churn: s_churn", self.s_churn, 0.0)
         _checks.finite("Churn: s_tmin", self.s_tmin, 0.0)
         _checks.finite("Churn: s_noise", self.s_noise, 0.0)
+        if self.s_tmax != math.inf:
+            _checks.finite("Churn: s_tmax", self.s_tmax)
         if not self.s_tmax >= self.s_tmin:
             _checks.fail("Churn: s_tmax", f"be at least s_tmin = {self.s_tmin}", self.s_tmax)
 

@@ -18,8 +18,8 @@ class DPMpp2M(Solver):
 
     def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
         x, denoised = run.denoise(x, s)
-        if len(run.predictions) > 1 and t != 0:
-            last = run.predictions[-2]
+        last = run.before(s)
+        if last is not None and t != 0:
             now = half_log_snr(s)
             r = (now - half_log_snr(last.sigma)) / (half_log_snr(t) - now)
             denoised = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * last.value
@@ -55,12 +55,12 @@ class DPMpp2MSDE(Solver):
         decay = (1 + self.eta) * h
         weight = -torch.expm1(-decay)
         x = torch.exp(-decay) * x + weight * denoised
-        if len(run.predictions) > 1:
-            last = run.predictions[-2]
+        last = run.before(s)
+        if last is not None:
             r = (now - half_log_snr(last.sigma)) / h
             correction = weight / 2 if self.variant == "midpoint" else 1 - weight / decay
             x = x + correction / r * (denoised - last.value)
-        if self.eta * self.s_noise > 0:
+        if self.eta > 0:
             amount = t * torch.sqrt(-torch.expm1(-2 * self.eta * h))
             x = x + self.s_noise * amount * run.noise()
         return x

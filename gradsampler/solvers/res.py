@@ -37,9 +37,9 @@ class Res2AB(Solver):
 
     def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
         x, denoised = run.denoise(x, s)
-        if len(run.predictions) < 2 or t == 0:
+        previous = run.before(s)
+        if previous is None or t == 0:
             return first_order(x, denoised, s, t)
-        previous = run.predictions[-2]
         return second_order(x, denoised, previous.value, s, previous.sigma, t)
 
 
