@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of a backend, and whole runs on the Triton kernels beside plain torch."""
+
+import pytest
+import torch
+
+import gradsampler as gs
+from gradsampler import backends
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(
+    backends.available()["triton"].startswith("import failed"), reason="needs triton"
+)
+
+
+def network(x, sigma, shift):
+    return torch.tanh(x) * 0.4 + 0.5 * x / (1 + sigma[:, None] ** 2) + shift
+
+
+def run(backend, solver, noise, memory, denoiser=network, prediction="x0"):
+    """A sample and its gradients to z0, the conditioning and the levels."""
+    generator = torch.Generator().manual_seed(0)
+    z0, shift = (torch.randn(2, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    z0, shift = z0.to(DEVICE).requires_grad_(), shift.to(DEVICE).requires_grad_()
+    levels = gs.schedules.karras(3, 0.1, 3.0, final="zero").requires_grad_()
+    churn = None if gs.solvers.resolve(solver).stochastic else gs.Churn(1.0)
+    x = gs.sample(
+        denoiser,
+        z0,
+        levels,
+        solver=solver,
+        prediction=prediction,
+        noise=noise,
+        churn=churn,
+        eta=0.5 if solver == "ddim" else None,
+        cond={"shift": shift},
+        memory=memory,
+        backend=backend,
+    )
+    return x, *torch.autograd.grad((x**3).sum(), (z0, shift, levels))
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@needs_triton
+@pytest.mark.parametrize("solver", gs.solvers.names())
+def test_every_solver_runs_on_the_kernels(solver):
+    noise = gs.noise.SinCos()
+    expected = run("reference", solver, noise, "store")
+    assert_same(run("triton", solver, noise, "checkpoint"), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("memory", gs.memory.names())
+@pytest.mark.parametrize(
+    "noise",
+    [gs.noise.SignedRoll(1), gs.noise.Philox(2), gs.noise.Mixture(gs.noise.SinCos(), 0.5)],
+    ids=["signed_roll", "philox", "mixture"],
+)
+def test_every_noise_runs_on_the_kernels(noise, memory):
+    expected = run("reference", "euler_ancestral", noise, "store")
+    assert_same(run("triton", "euler_ancestral", noise, memory), expected)
+
+
+@needs_triton
+def test_guidance_and_preconditioning_run_on_the_kernels():
+    def edm(x, noise, shift):
+        return torch.tanh(x + shift) + 0.1 * noise[:, None]
+
+    denoiser = gs.Guided(gs.EDM(edm, 0.5), 1.7, {"shift": 0.0})
+    expected = run("reference", "dpmpp_2m", gs.noise.SinCos(), "store", denoiser)
+    assert_same(run("triton", "dpmpp_2m", gs.noise.SinCos(), "checkpoint", denoiser), expected)
+
+
+@needs_triton
+def test_a_bfloat16_network_gets_its_input_from_the_same_launch():
+    seen = []
+
+    def half(x, noise):
+        seen.append(x.dtype)
+        return torch.tanh(x.float()).to(torch.bfloat16)
+
+    z0 = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    samples = [
+        gs.sample(gs.EDM(half), z0, gs.schedules.karras(4), backend=name).float()
+        for name in ("reference", "triton")
+    ]
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(*samples, rtol=2e-2, atol=2e-2)
+
+
+def test_the_reference_is_always_there():
+    assert backends.available()["reference"] == f"torch {torch.__version__}"
+    assert backends.choose("reference", torch.device("cpu")) is backends.REFERENCE
+
+
+def test_an_unknown_backend_is_told_the_nearest():
+    with pytest.raises(ValueError, match=r"backend must be one of .*reference.* did you mean"):
+        backends.choose("referense", torch.device("cpu"))
+
+
+@needs_triton
+def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1"):
+        backends.choose("triton", torch.device("cpu"))
+
+
+@needs_triton
+def test_triton_is_the_default_on_a_gpu():
+    assert backends.choose(None, torch.device("cuda")).name == "triton"
