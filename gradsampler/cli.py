@@ -15,6 +15,7 @@ from gradsampler import _checks, gradient_flow, noise, solvers
 from gradsampler import memory as memories
 from gradsampler._version import __version__
 from gradsampler.demo import OBJECTIVES, Demo
+from gradsampler.observer import NonFiniteError
 
 NOISES = {
     "off": noise.Off,
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, AttributeError) as error:
         print(f"gradsampler {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except NonFiniteError as error:
+        print(f"gradsampler {arguments.command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
@@ -91,10 +95,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() for size in sizes):
         _checks.fail("--shape", "be integers separated by commas", repr(text))
+    return tuple(int(size) for size in sizes)
 
 
 def _imported(name: str) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on the shipped digits model: optimise noise through a stochastic run, show it."""
 
+import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -27,6 +28,10 @@ class Objective(ABC):
 
     maximize = False
 
+    def begin(self, baseline: Tensor) -> None:
+        """Takes the samples [B, 1, 8, 8] of the starting noise."""
+        self.baseline = baseline
+
     @abstractmethod
     def loss(self, x: Tensor) -> Tensor:
         """The loss of samples [B, 1, 8, 8], a scalar."""
@@ -39,7 +44,7 @@ class Objective(ABC):
 class Digit(Objective):
     """Be read as one digit by the shipped classifier."""
 
-    def __init__(self, demo: "Demo", baseline: Tensor) -> None:
+    def __init__(self, demo: "Demo") -> None:
         if not 0 <= demo.digit <= 9:
             _checks.fail("--digit", "be one of 0 .. 9", demo.digit)
         self._digit = demo.digit
@@ -60,11 +65,11 @@ class Diverge(Objective):
 
     maximize = True
 
-    def __init__(self, demo: "Demo", baseline: Tensor) -> None:
-        self._baseline = baseline
+    def __init__(self, demo: "Demo") -> None:
+        pass
 
     def loss(self, x: Tensor) -> Tensor:
-        return F.mse_loss(x, self._baseline)
+        return F.mse_loss(x, self.baseline)
 
     def measured(self, x: Tensor) -> dict[str, float]:
         return {"mean squared difference from the baseline": self.loss(x).item()}
@@ -73,7 +78,7 @@ class Diverge(Objective):
 class Match(Objective):
     """Look like a picture."""
 
-    def __init__(self, demo: "Demo", baseline: Tensor) -> None:
+    def __init__(self, demo: "Demo") -> None:
         if demo.image is None:
             _checks.fail("--image", "be given with --objective match", None)
         self._target = models.from_pixels(picture.grey(demo.image, size=8))
@@ -85,8 +90,7 @@ class Match(Objective):
         return {"mean squared difference from the picture": self.loss(x).item()}
 
 
-# From the settings and the samples of the starting noise.
-OBJECTIVES: dict[str, Callable[["Demo", Tensor], Objective]] = {
+OBJECTIVES: dict[str, Callable[["Demo"], Objective]] = {
     "digit": Digit,
     "diverge": Diverge,
     "match": Match,
@@ -119,6 +123,8 @@ class Demo:
             A few lines that say what was reached and where the files are.
         """
         settings = self._sample_settings()
+        make = OBJECTIVES[_checks.choice("--objective", self.objective, OBJECTIVES)]
+        objective = make(self)
         _writable(out)
         generator = torch.Generator().manual_seed(self.seed)
         z0 = torch.randn(self.starts, 1, 8, 8, generator=generator).requires_grad_()
@@ -127,9 +133,7 @@ class Demo:
         denoiser = EDM(network, network.sigma_data)
         with torch.no_grad():
             baseline = sample(denoiser, z0, levels, **settings)
-        objective = OBJECTIVES[_checks.choice("--objective", self.objective, OBJECTIVES)](
-            self, baseline
-        )
+        objective.begin(baseline)
         checkpoint = out / f"{self.objective}.checkpoint"
         result = optimize(
             denoiser,
@@ -141,6 +145,7 @@ class Demo:
             maximize=objective.maximize,
             regularizer=regularizers.ChiNorm(0.5),
             checkpoint=checkpoint,
+            identity={"objective": self.objective, "digit": str(self.digit), **self._image()},
             progress=progress,
             **settings,
         )
@@ -152,9 +157,19 @@ class Demo:
         """The sampler's settings: churn where the solver injects no noise of its own."""
         for name in ("starts", "iterations", "steps"):
             _checks.integer(f"--{name}", getattr(self, name), 1)
+        if not _checks.finite("--lr", self.lr) > 0:
+            _checks.fail("--lr", "be positive", self.lr)
         solver = solvers.resolve(self.solver)
+        if getattr(solver, "eta", None) == 0:
+            solver = solvers.resolve(solver, eta=1.0)  # the job is a run with noise
         churn = None if solver.stochastic else Churn(10.0)
         return {"solver": solver, "noise": self.noise, "churn": churn, "memory": self.memory}
+
+    def _image(self) -> dict[str, str]:
+        """The picture to match, by its bytes."""
+        if self.image is None:
+            return {}
+        return {"image": hashlib.sha256(self.image.read_bytes()).hexdigest()[:16]}
 
     def _written(
         self, out: Path, objective: Objective, baseline: Tensor, result: OptimizeResult
@@ -175,7 +190,7 @@ class Demo:
         content = {
             "gradsampler": __version__,
             "torch": torch.__version__,
-            "settings": {f.name: str(getattr(self, f.name)) for f in fields(self)},
+            "settings": {f.name: _plain(getattr(self, f.name)) for f in fields(self)},
             "before": before,
             "after": after,
             "norms": norms.tolist(),
@@ -195,3 +210,7 @@ def _writable(folder: Path) -> None:
         _checks.fail("--out", "be a folder that can be made", f"{folder} ({error.strerror})")
     if not os.access(folder, os.W_OK):
         _checks.fail("--out", "be a writable folder", folder)
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, int | float | str | None) else str(value)

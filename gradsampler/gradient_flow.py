@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradsampler import schedules
-from gradsampler.noise import Given, NoiseSource, Off, Philox
+from gradsampler import _checks, schedules
+from gradsampler.noise import NoiseSource
 from gradsampler.observer import NonFiniteError
 from gradsampler.sample import Denoiser, sample
 from gradsampler.solvers import Churn
@@ -69,22 +69,15 @@ def check(
         >>> gradient_flow.check(gradient_flow.affine_denoiser, z0, noise.SinCos()).passed
         True
     """
-    broken = _broken_before(z0, noise)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", GradientWarning)
-        levels, churn = schedules.karras(steps), Churn(0.2 * steps)
-        x = sample(
-            denoiser,
-            z0,
-            levels,
-            solver=solver,
-            noise=noise,
-            churn=churn,
-            memory="checkpoint",
-            check_finite=True,
-        )
-    detached = [w.message for w in caught if isinstance(w.message, GradientWarning)]
-    broken += [f"a denoiser that detaches, at step {w.step} of {steps}" for w in detached]
+    _checks.batched("z0", z0)
+    if not isinstance(noise, NoiseSource):
+        _checks.fail_type("noise", "be a gradsampler.noise object", noise)
+    broken = _broken_before(z0, noise, _checks.integer("steps", steps, 1))
+    try:
+        x, detached = _sampled(denoiser, z0, noise, steps, solver)
+    except NonFiniteError as error:
+        return Report(["forward: failed"], [*broken, str(error)])
+    broken += [f"a denoiser that detaches, at step {step} of {steps}" for step in detached]
     lines = [
         f"forward: sample of shape {list(x.shape)}, requires_grad={x.requires_grad}",
         f"anchor z0: shape {list(z0.shape)}, requires_grad={z0.requires_grad}, "
@@ -111,17 +104,39 @@ def check(
     return Report(lines, broken)
 
 
-def _broken_before(z0: Tensor, noise: NoiseSource) -> list[str]:
+def _sampled(
+    denoiser: Denoiser, z0: Tensor, noise: NoiseSource, steps: int, solver: str
+) -> tuple[Tensor, list[int]]:
+    """The sample, and the steps at which the denoiser detached."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GradientWarning)
+        x = sample(
+            denoiser,
+            z0,
+            schedules.karras(steps),
+            solver=solver,
+            noise=noise,
+            churn=Churn(0.2 * steps),
+            memory="checkpoint",
+            check_finite=True,
+        )
+    found = [w.message for w in caught]
+    for w in found:
+        if not isinstance(w, GradientWarning):
+            warnings.warn(w, stacklevel=3)
+    return x, [w.step for w in found if isinstance(w, GradientWarning)]
+
+
+def _broken_before(z0: Tensor, noise: NoiseSource, steps: int) -> list[str]:
     """The links that are seen to be broken before anything runs."""
     broken = []
     if not torch.is_grad_enabled():
         broken.append("no grad mode, the run is under torch.no_grad or set_grad_enabled(False)")
     if not z0.requires_grad:
         broken.append("z0 without requires_grad, call z0.requires_grad_() before the run")
-    if not isinstance(noise, (Off, Philox, Given)):
-        with torch.enable_grad():
-            drawn = noise.at(z0.detach().requires_grad_(), 0, 1)
-        if not drawn.requires_grad:
+    if torch.is_grad_enabled() and noise.of_z0:
+        start = z0.detach().clone().requires_grad_()
+        if not all(noise.at(start, step, steps).requires_grad for step in range(steps)):
             broken.append(
                 f"noise drawn without reparameterisation, {type(noise).__name__}.at passes no "
                 "gradient to z0; compute it from z0, or use noise.Philox where it is independent"

@@ -3,11 +3,10 @@
 
 import contextlib
 import os
-import pickle
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 
@@ -26,6 +25,8 @@ class Journal:
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: dict[str, Any]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            _checks.fail_type("checkpoint", "be a path", path)
         self._path = Path(path)
         self._identity = identity
         folder = self._path.parent
@@ -50,15 +51,18 @@ class Journal:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = torch.load(self._path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's advice on how to read foreign pickles
+                content = torch.load(self._path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a foreign file can make a reader fail in any way
             _checks.fail(
                 "checkpoint",
                 "be an optimisation checkpoint of gradsampler",
                 f"{self._path}, which is truncated or of another kind ({type(error).__name__})",
                 "remove the file or choose another to start anew",
             )
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        known = isinstance(content, dict) and content.get("format") == _FORMAT
+        if not known or not all(isinstance(content.get(k), dict) for k in ("identity", "state")):
             _checks.fail(
                 "checkpoint", f"be of the format {_FORMAT}", f"{self._path} of another kind"
             )

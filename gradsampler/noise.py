@@ -54,6 +54,11 @@ class NoiseSource(ABC):
     """A family of step noises n_i(z0), i = 0 .. N-1, each standard normal or meant to be."""
 
     @property
+    def of_z0(self) -> bool:
+        """Whether the noise is a function of z0, so that a gradient to it is to be expected."""
+        return True
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors of the caller that the noise is made of and that its gradient reaches."""
         return ()
@@ -99,6 +104,10 @@ class NoiseSource(ABC):
 @dataclass(frozen=True)
 class Off(NoiseSource):
     """No noise: silences every injection, also those of a stochastic solver."""
+
+    @property
+    def of_z0(self) -> bool:
+        return False
 
     def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
         return torch.zeros_like(z0)
@@ -198,6 +207,10 @@ class Philox(NoiseSource):
     def __post_init__(self) -> None:
         _check_seed("Philox", self.seed)
 
+    @property
+    def of_z0(self) -> bool:
+        return False
+
     def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
         return philox.normals(z0.numel(), step, self.seed, z0.dtype, z0.device).view(z0.shape)
 
@@ -227,6 +240,10 @@ class Mixture(NoiseSource):
             _checks.fail("Mixture: other", "not be independent noise itself", repr(self.other))
         _checks.finite("Mixture: angle", self.angle)
         _check_seed("Mixture", self.seed)
+
+    @property
+    def of_z0(self) -> bool:
+        return self.other.of_z0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -273,6 +290,10 @@ class Given(NoiseSource):
         if step not in self._position:
             _checks.fail("Given: step", f"be one of {sorted(self._position)}", step)
         return self._position[step]
+
+    @property
+    def of_z0(self) -> bool:
+        return False
 
     def __repr__(self) -> str:
         return f"Given({len(self._tensors)} tensors)"

@@ -4,9 +4,9 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from gradsampler import _checks
 from gradsampler.journal import Journal
+from gradsampler.noise import NoiseSource
 from gradsampler.observer import NonFiniteError
 from gradsampler.parameterization import Parameterization
 from gradsampler.replay import RandomState
-from gradsampler.sample import Denoiser, sample
+from gradsampler.sample import Denoiser, checked_levels, sample
 
 __all__ = ["OptimizeResult", "OptimizeStep", "optimize"]
 
@@ -53,6 +54,7 @@ def optimize(
     regularizer: Callable[[Tensor], Tensor] | None = None,
     grad_clip: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    identity: Mapping[str, str] | None = None,
     progress: bool = False,
     check_finite: bool = True,
     **sample_kwargs: Any,
@@ -74,6 +76,8 @@ def optimize(
         grad_clip: largest norm of the gradient handed to the optimizer.
         checkpoint: a file saved atomically after each step; where it exists the run goes on from
             it, and on the same machine gives the numbers of an uninterrupted run bit for bit.
+        identity: what else makes the run the same one, such as a name for the loss, which a file
+            cannot hold; a checkpoint with another is refused.
         progress: shows a bar with loss and gradient norm.
         check_finite: stops with NonFiniteError before a NaN or an infinity reaches z0.
         **sample_kwargs: passed on to `sample`.
@@ -95,29 +99,44 @@ def optimize(
         >>> found.history[-1].loss < found.history[0].loss
         True
     """
-    _check_arguments(z0, steps, lr, grad_clip, loss, regularizer)
+    _check_arguments(z0, steps, lr, grad_clip, optimizer, loss, regularizer)
+    levels = checked_levels(sigmas, flow=sample_kwargs.get("prediction") == "flow")
     noise = z0.detach().clone().requires_grad_()
     update = optimizer([noise], lr=lr)
     sample_kwargs["check_finite"] = check_finite
     history: list[OptimizeStep] = []
     journal = None
     if checkpoint is not None:
-        identity = _identity(z0, sigmas, lr, update, maximize, grad_clip, sample_kwargs)
-        journal = Journal(checkpoint, identity)
+        settings = {
+            "z0": z0,
+            "sigmas": levels,
+            "lr": lr,
+            "optimizer": type(update),
+            "maximize": maximize,
+            "grad_clip": grad_clip,
+            "regularizer": regularizer,
+            **{k: v for k, v in sample_kwargs.items() if k not in ("callback", "progress")},
+            **(identity or {}),
+        }
+        journal = Journal(checkpoint, {k: _described(v) for k, v in settings.items()})
         history = _resume(journal, noise, update)
 
     with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
         while len(history) < steps:
             start = time.perf_counter()
             value = loss(sample(denoiser, noise, sigmas, **sample_kwargs))
-            _checks.shape("loss: the value that it returns", value, ())
+            _check_value("loss", value, finite=check_finite, step=len(history))
             objective = -value if maximize else value
             if regularizer is not None:
-                objective = objective + regularizer(noise)
-            noise.grad = _gradient(objective, noise)
+                penalty = regularizer(noise)
+                if isinstance(penalty, int | float):
+                    penalty = torch.tensor(float(penalty))
+                _check_value("regularizer", penalty, finite=check_finite, step=len(history))
+                objective = objective + penalty
+            noise.grad = _gradient(value, objective, noise)
             size = float(noise.grad.norm())
-            if check_finite:
-                _check_finite(value, noise.grad, len(history))
+            if check_finite and not bool(torch.isfinite(noise.grad).all()):
+                _stop("gradient", size, len(history))
             level = float(noise.detach().square().mean().sqrt())
             if grad_clip is not None:
                 torch.nn.utils.clip_grad_norm_([noise], grad_clip)
@@ -134,7 +153,13 @@ def optimize(
 
 
 def _check_arguments(
-    z0: Tensor, steps: int, lr: float, grad_clip: float | None, loss: object, regularizer: object
+    z0: Tensor,
+    steps: int,
+    lr: float,
+    grad_clip: float | None,
+    optimizer: object,
+    loss: object,
+    regularizer: object,
 ) -> None:
     if not _checks.batched("z0", z0).requires_grad:
         _checks.fail("z0", "require grad", "requires_grad=False", "call z0.requires_grad_()")
@@ -143,6 +168,8 @@ def _check_arguments(
         _checks.fail("lr", "be positive", lr)
     if grad_clip is not None and not _checks.finite("grad_clip", grad_clip) > 0:
         _checks.fail("grad_clip", "be positive", grad_clip)
+    if not callable(optimizer):
+        _checks.fail_type("optimizer", "be callable as optimizer([z0], lr=lr)", optimizer)
     if not callable(loss):
         _checks.fail_type("loss", "be callable as loss(sample)", loss)
     if regularizer is not None and not callable(regularizer):
@@ -151,10 +178,28 @@ def _check_arguments(
         _checks.fail("optimize", "be called in grad mode", "torch.no_grad or inference_mode")
 
 
-def _gradient(objective: Tensor, noise: Tensor) -> Tensor:
+def _check_value(name: str, value: object, *, finite: bool, step: int) -> None:
+    """Checks what the loss or the regularizer returned."""
+    what = f"{name}: the value that it returns"
+    if not isinstance(value, Tensor):
+        _checks.fail_type(what, "be a scalar tensor", value)
+    _checks.shape(what, value, ())
+    if finite and not bool(torch.isfinite(value)):
+        _stop(name, value.item(), step)
+
+
+def _stop(name: str, value: float, step: int) -> NoReturn:
+    """Stops before the optimizer sees what would spoil z0."""
+    raise NonFiniteError(
+        f"{name} of optimisation step {step} must be finite, got {name} {value}; a checkpoint "
+        "holds the step before"
+    )
+
+
+def _gradient(value: Tensor, objective: Tensor, noise: Tensor) -> Tensor:
     """The gradient to the noise alone: a network that could be trained accumulates nothing."""
     hint = "`gradsampler check` says which link of a run is broken"
-    if not objective.requires_grad:
+    if not value.requires_grad:
         _checks.fail("loss", "depend on z0", "a value without gradient", hint)
     (gradient,) = torch.autograd.grad(objective, noise, allow_unused=True)
     if gradient is None:
@@ -162,41 +207,26 @@ def _gradient(objective: Tensor, noise: Tensor) -> Tensor:
     return gradient
 
 
-def _check_finite(value: Tensor, gradient: Tensor, step: int) -> None:
-    """Stops before the optimizer sees a gradient that would spoil z0."""
-    if not bool(torch.isfinite(value)) or not bool(torch.isfinite(gradient).all()):
-        raise NonFiniteError(
-            f"loss and gradient of optimisation step {step} must be finite, got loss "
-            f"{value.item():g} and gradient norm {float(gradient.norm()):g}; a checkpoint holds "
-            "the step before"
-        )
-
-
-def _digest(x: Tensor) -> str:
-    data = x.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _identity(
-    z0: Tensor,
-    sigmas: Tensor | Sequence[float],
-    lr: float,
-    update: torch.optim.Optimizer,
-    maximize: bool,
-    grad_clip: float | None,
-    sample_kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """What must be the same for a saved run to be continued."""
-    plain = ("solver", "noise", "churn", "eta", "s_noise", "prediction", "memory", "state_dtype")
-    return {
-        "z0": _digest(z0),
-        "sigmas": _digest(torch.as_tensor(sigmas, dtype=torch.float64)),
-        "lr": float(lr),
-        "optimizer": type(update).__name__,
-        "maximize": maximize,
-        "grad_clip": grad_clip,
-        **{name: str(sample_kwargs.get(name)) for name in plain},
-    }
+def _described(value: object) -> str:
+    """A value as text that is the same in another process, with digests for tensors."""
+    if isinstance(value, Tensor):
+        data = value.detach().to("cpu").reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        return f"{value.dtype} {list(value.shape)} {digest}"
+    if isinstance(value, Mapping):
+        return str({str(k): _described(v) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return str([_described(x) for x in value])
+    if value is None or isinstance(value, str | int | float | torch.dtype):
+        return str(value)
+    kind = value if isinstance(value, type) else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, NoiseSource) and not is_dataclass(value):
+        return f"{name} {_described(value.tensors)}"
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: _described(getattr(value, f.name)) for f in fields(value)}
+        return f"{name} {parts}"
+    return name
 
 
 def _state(

@@ -77,7 +77,7 @@ def _tiles(panel: Any, reading: Reading, columns: int, title: str) -> None:
     for axis in axes:
         axis.set_axis_off()
     for axis, pixels, digit, p in zip(axes, *reading, strict=False):
-        axis.imshow(pixels, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"{int(digit)}  {float(p):.2f}", fontsize=7, color=_FAINT, pad=2)
 
 

@@ -92,7 +92,7 @@ def sample(
     """
     z0 = _checks.batched("z0", z0)
     model = parameterize(denoiser, prediction)
-    levels = _levels(sigmas, flow=prediction == "flow")
+    levels = checked_levels(sigmas, flow=prediction == "flow")
     method = solvers.resolve(solver, eta, s_noise)
     _check_solver(method, churn, flow=prediction == "flow")
     program = method.program(levels, model, churn=churn, final_denoise=final_denoise)
@@ -147,7 +147,7 @@ def integrate(
         return strategy.run(trajectory, z0.to(state)).to(z0.dtype)
 
 
-def _levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
+def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
     """The noise levels in float64 on the CPU, checked."""
     if not isinstance(sigmas, Tensor):
         try:

@@ -47,9 +47,7 @@ class OpenChurn(Churn):
 
 
 class X0Function(Parameterization):
-    """A function of (x, sigma) that predicts x0, called in float64."""
-
-    level_dtype = torch.float64
+    """A function of (x, sigma) that predicts x0, called in the dtype of the run, float64."""
 
     def __init__(self, network: Network) -> None:
         self.network = network

@@ -103,7 +103,7 @@ class TwoStep(Solver):
         if len(run.predictions) < 2:
             return first_order(x, denoised, s, t)
         last = run.predictions[-2]
-        if abs(math.log(last.sigma / s)) <= 1e-6:
+        if math.isclose(last.sigma.item(), s.item(), rel_tol=1e-6):
             got = f"{last.sigma.item()} and {s.item()}"
             _checks.fail("S_churn", "lead two steps to different levels", got, "change the window")
         return second_order(x, denoised, last.value, s, last.sigma, t)
@@ -207,6 +207,9 @@ def differential_equation_solver(
         A function of the state [B, *state] at ``sigmas_L[0]`` that gives the one at
         ``sigmas_L[-1]``, float64.
 
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
     Example:
         >>> levels = get_rev_ts(1.0, 9.0, 2, 2)
         >>> solve = differential_equation_solver(lambda x, s: 0 * x, levels, SolverConfig())
@@ -214,6 +217,13 @@ def differential_equation_solver(
         tensor([[1.]], dtype=torch.float64)
     """
     levels = _checks.floating("sigmas_L", sigmas_L).to("cpu", torch.float64)
+    values = levels.detach()
+    if (
+        values.ndim != 1
+        or len(values) < 2
+        or not bool((values > 0).all() & (values.diff() < 0).all())
+    ):
+        _checks.fail("sigmas_L", "hold N+1 >= 2 levels decreasing strictly, above 0", values)
     cfg = SamplerConfig(solver_cfg, sample_clean=False)
 
     def sample_fn(input_xT_B_StateShape: Tensor) -> Tensor:
