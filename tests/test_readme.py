@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's code runs, its pair of examples agree, and what it points to is there."""
 
+import math
 import re
 from functools import cache
 from pathlib import Path
 
+import problems
 import pytest
 import torch
 
@@ -107,13 +109,13 @@ def test_the_solver_of_the_contributors_page_runs_and_has_its_order():
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     try:
         exec(compile(block, "CONTRIBUTING.md", "exec"), {"__name__": "page"})
-        data = problems.GaussianData()
+        data = problems.Gaussian(mean=0.4, std=0.5)
         errors = []
         for steps in (64, 128):
             levels = gs.schedules.karras(steps, 0.1, 3.0)
             z0 = torch.ones(1, 2, dtype=torch.float64)
-            x = gs.sample(data.denoiser, z0, levels, solver="ralston")
-            exact = data.flow(3.0 * z0, 3.0, 0.1)
+            x = gs.sample(data.denoise, z0, levels, solver="ralston")
+            exact = data.ode(3.0 * z0, 3.0, 0.1)
             errors.append((x - exact).abs().max().item())
         assert 1.8 < math.log2(errors[0] / errors[1]) < 2.2
     finally:
