@@ -246,7 +246,7 @@ PROGRAMS = {
     **{f"{name}-learned": solver_program(name, requires_grad=True) for name in solvers.names()},
     "heun-churn": solver_program("heun", churn=gs.Churn(1.0)),
     "res_2ab-churn-final": solver_program("res_2ab", churn=gs.Churn(1.0), final_denoise=True),
-    "heun-EDM": solver_program("heun", EDM(None)),
+    "heun-EDM": solver_program("heun", EDM(torch.tanh)),
     "heun-epsilon": solver_program("heun", Prediction(None, "epsilon")),
     "dpmpp_2m-guided": solver_program("dpmpp_2m", Guided(EDM(abs), 2.0, {})),
 }

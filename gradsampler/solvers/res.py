@@ -28,6 +28,15 @@ def second_order(
     return (t / s) * x + h * b1 * denoised + h * b2 * at_m
 
 
+def predicted_between(
+    run: Recorder, x: Affine, denoised: Affine, s: Tensor, t: Tensor
+) -> tuple[Tensor, Affine]:
+    """The level m = sqrt(s t), and D at the state that an exponential Euler step reaches there."""
+    m = torch.sqrt(s * t)
+    _, at_m = run.denoise(first_order(x, denoised, s, m), m)
+    return m, at_m
+
+
 @dataclass(frozen=True)
 class Res2AB(Solver):
     """Two-step Adams-Bashforth form: the previous step's D is the second point.
@@ -51,8 +60,7 @@ class Res2Mid(Solver):
         x, denoised = run.denoise(x, s)
         if t == 0:
             return first_order(x, denoised, s, t)
-        m = torch.sqrt(s * t)
-        _, at_m = run.denoise(first_order(x, denoised, s, m), m)
+        m, at_m = predicted_between(run, x, denoised, s, t)
         return second_order(x, denoised, at_m, s, m, t)
 
 
@@ -64,6 +72,5 @@ class Res2MidStable(Solver):
         x, denoised = run.denoise(x, s)
         if t == 0:
             return first_order(x, denoised, s, t)
-        m = torch.sqrt(s * t)
-        _, at_m = run.denoise(first_order(x, denoised, s, m), m)
+        _, at_m = predicted_between(run, x, denoised, s, t)
         return first_order(x, at_m, s, t)
