@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The folder kernels/ must not hide an installed package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench test-gpu bench-gpu clean
+.PHONY: demo test lint bench bench-cpu sanitize test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
@@ -23,6 +23,24 @@ lint: $(VENV)/.tested
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
 
+bench-cpu: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/step_cpu.py
+
+# The extension's tests under AddressSanitizer and UBSan, in a copy of the tree: the build here stays.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.tested
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	tar -c --exclude='*.so' --exclude=__pycache__ setup.py pyproject.toml README.md LICENSE csrc \
+		gradsampler kernels tests | tar -x -C $(SANITIZED)
+	cd $(SANITIZED) && GRADSAMPLER_REQUIRE_EXT=1 GRADSAMPLER_CXXFLAGS="-fsanitize=address,undefined \
+		-fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1" \
+		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace --force
+	cd $(SANITIZED) && LD_PRELOAD="$(foreach n,asan ubsan stdc++,$(shell g++ -print-file-name=lib$n.so))" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+		$(CURDIR)/$(BIN)/python -m pytest tests/test_native_step.py tests/test_native_pairs.py \
+		tests/test_native_runtime.py
+
 # These two use the python on the PATH, with its own torch and Triton, and no network.
 test-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
@@ -37,7 +55,7 @@ clean:
 	rm -rf $(VENV) build demo *.egg-info
 
 # torch comes first, so that no other package pulls a build of its own choice.
-$(VENV)/.installed: pyproject.toml setup.py Makefile
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable .

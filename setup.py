@@ -1,6 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build; everything about the package itself is in pyproject.toml."""
+"""The build of the optional extension; all else about the package is in pyproject.toml.
 
-from setuptools import setup
+The extension is built where torch and a C++ compiler are present, with CUDA where torch has it and
+nvcc is there. Otherwise the install is pure Python and the reason is kept beside the package.
+GRADSAMPLER_REQUIRE_EXT=1 turns that into an error; GRADSAMPLER_NO_EXT=1 builds nothing.
+GRADSAMPLER_CXXFLAGS is added to compiler and linker, for sanitizers.
+"""
 
-setup()
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+REQUIRED = os.environ.get("GRADSAMPLER_REQUIRE_EXT") == "1"
+# The oldest torch whose stable ABI the ops use: one build serves it and all later ones.
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+
+
+class NotBuiltError(Exception):
+    """Why there is no extension."""
+
+
+def _import_torch():
+    """torch; in an isolated build from the interpreter's own site-packages.
+
+    Appended to sys.path: the isolated environment's setuptools keeps its precedence. torch is no
+    build requirement, because that would fetch a second torch, and another one.
+    """
+    try:
+        import torch
+    except ImportError:
+        prefixes = [os.environ.get("VIRTUAL_ENV", ""), sys.prefix, sys.base_prefix]
+        for prefix in filter(None, prefixes):
+            paths = sysconfig.get_paths(vars={"base": prefix, "platbase": prefix})
+            sys.path += [paths[k] for k in ("purelib", "platlib") if paths[k] not in sys.path]
+        try:
+            import torch
+        except ImportError as error:
+            raise NotBuiltError(f"torch cannot be imported ({error})") from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+        raise NotBuiltError(f"torch must be at least 2.11, got {torch.__version__}")
+    return torch
+
+
+def _files(*patterns):
+    return sorted(str(p.relative_to(HERE)) for pattern in patterns for p in HERE.glob(pattern))
+
+
+def _cuda_archs(torch):
+    """What to compile CUDA for, or None: under a CUDA torch with nvcc only."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None or CUDA_HOME is None:
+        return None
+    if not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return None
+    return os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+
+
+def _extension(torch):
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    archs = _cuda_archs(torch)
+    extra = os.environ.get("GRADSAMPLER_CXXFLAGS", "").split()
+    facts = [f'-DGS_BUILD_TORCH="{torch.__version__}"', f'-DGS_CUDA_ARCHS="{archs or ""}"']
+    host = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
+    host += ["-fvisibility=hidden", "-g0"]
+    flags = {"cxx": [*host, TARGET, *facts, *extra]}
+    files = _files("csrc/schemas.cpp", "csrc/ops.cpp", "csrc/bindings.cpp", "csrc/cpu/*.cpp")
+    kind = CppExtension
+    if archs:
+        kind = CUDAExtension
+        files += _files("csrc/ops_cuda.cpp", "csrc/cuda/*.cu")
+        flags["cxx"] += ["-DUSE_CUDA", "-DGS_WITH_CUDA"]
+        flags["nvcc"] = ["-std=c++20", "-O3", "-DUSE_CUDA", TARGET]
+    return kind("gradsampler._C", files, extra_compile_args=flags, extra_link_args=extra)
+
+
+def _builder(torch):
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        """Goes on without the extension where it does not compile."""
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                if REQUIRED:
+                    raise
+                _give_up(
+                    self,
+                    f"the extension did not compile ({_first_line(error)}); "
+                    "`pip install -v` shows the compiler's own words",
+                )
+            else:
+                _reason_file(self).unlink(missing_ok=True)
+
+    return Build.with_options(use_ninja=shutil.which("ninja") is not None)
+
+
+class NoBuild(build_ext):
+    """Records why there is nothing to build."""
+
+    reason = ""
+
+    def run(self):
+        """Builds nothing."""
+        _give_up(self, self.reason)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason_file(command):
+    folder = HERE if command.inplace else Path(command.build_lib)
+    return folder / "gradsampler" / "_native_reason.txt"
+
+
+def _give_up(command, reason):
+    command.extensions = []
+    path = _reason_file(command)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(reason + "\n", encoding="utf-8")
+    warnings.warn(
+        f"gradsampler is installed without its native extension: {reason}. "
+        "Everything works, more slowly; `gradsampler doctor` repeats this.",
+        stacklevel=2,
+    )
+
+
+def _no_build(reason):
+    NoBuild.reason = reason
+    # A name without sources, so that setuptools runs the command at all.
+    return {"ext_modules": [Extension("gradsampler._C", [])], "cmdclass": {"build_ext": NoBuild}}
+
+
+def _arguments():
+    if os.environ.get("GRADSAMPLER_NO_EXT") == "1":
+        return _no_build("GRADSAMPLER_NO_EXT=1 was set at install")
+    try:
+        torch = _import_torch()
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        if shutil.which(compiler) is None and shutil.which("g++") is None:
+            raise NotBuiltError(f"no C++ compiler ({compiler}) was found")
+        return {"ext_modules": [_extension(torch)], "cmdclass": {"build_ext": _builder(torch)}}
+    except NotBuiltError as error:
+        if REQUIRED:
+            raise
+        return _no_build(str(error))
+
+
+setup(**_arguments())

@@ -51,31 +51,69 @@ def available() -> dict[str, str]:
         >>> gs.backends.available()["reference"].startswith("torch")
         True
     """
-    found = {"reference": f"torch {torch.__version__}"}
-    triton, reason = _triton()
-    found["triton"] = reason if triton is None else f"triton {reason}"
-    return found
+    return {name: find()[1] for name, find in _FINDERS.items()}
+
+
+def present(name: str) -> bool:
+    """Whether the backend of that name is here."""
+    return _FINDERS[name]()[0] is not None
 
 
 def choose(name: str | None, device: torch.device) -> Backend:
     """The backend of that name, or the fastest one present for tensors on ``device``.
 
+    On a CPU that is the extension's, on a GPU Triton's, then the extension's; else plain torch.
+
     Raises:
         ValueError: for an unknown name, an absent backend, or one that cannot serve the device.
     """
     if name is None:
-        triton = _triton()[0] if device.type == "cuda" else None
-        return triton or REFERENCE
-    if _checks.choice("backend", name, ("reference", "triton")) == "reference":
-        return REFERENCE
-    triton, reason = _triton()
-    if triton is None:
-        _checks.fail("backend", "be present", f"'triton', which is not: {reason}")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        preferred = ("triton", "cuda") if device.type == "cuda" else (device.type,)
+        found = (_FINDERS[each]()[0] for each in preferred if each in _FINDERS)
+        return next((backend for backend in found if backend is not None), REFERENCE)
+    backend, facts = _FINDERS[_checks.choice("backend", name, _FINDERS)]()
+    if backend is None:
+        _checks.fail("backend", "be present", f"'{name}', which is not: {facts}")
+    if name in ("cpu", "cuda") and device.type != name:
+        _checks.fail("backend", f"serve tensors on {device.type}", f"'{name}'")
+    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         _checks.fail(
             "backend", "serve tensors on cpu", "'triton'", "set TRITON_INTERPRET=1 to interpret it"
         )
-    return triton
+    return backend
+
+
+def _reference() -> tuple[Backend | None, str]:
+    return REFERENCE, f"torch {torch.__version__}"
+
+
+@cache
+def _cpu() -> tuple[Backend | None, str]:
+    """The extension on CPU tensors and what it was built with, or None and the reason."""
+    # Loaded here, so that importing gradsampler loads no extension.
+    from gradsampler import _native
+
+    reason = _native.available()
+    if reason is not None:
+        return None, reason
+    facts = _native.facts()
+    return Backend.of("cpu", _native), f"{facts['compiler']}, {facts['isa']}"
+
+
+@cache
+def _cuda() -> tuple[Backend | None, str]:
+    """The extension on GPU tensors and what it was compiled for, or None and the reason."""
+    from gradsampler import _native
+
+    reason = _native.available()
+    archs = _native.facts().get("cuda_archs")
+    if reason is None and not archs:
+        reason = "the extension was built without CUDA, which needs a CUDA torch and nvcc"
+    if reason is None and not torch.cuda.is_available():
+        reason = f"built for {archs}, but torch finds no GPU"
+    if reason is not None:
+        return None, reason
+    return Backend.of("cuda", _native), f"built for {archs}"
 
 
 @cache
@@ -87,4 +125,13 @@ def _triton() -> tuple[Backend | None, str]:
         from gradsampler.kernels import adjoint, ancestral, flow_pair, step
     except ImportError as error:
         return None, f"import failed: {error}"
-    return Backend.of("triton", step, adjoint, ancestral, flow_pair), triton.__version__
+    backend = Backend.of("triton", step, adjoint, ancestral, flow_pair)
+    return backend, f"triton {triton.__version__}"
+
+
+_FINDERS: dict[str, Callable[[], tuple[Backend | None, str]]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "triton": _triton,
+    "cuda": _cuda,
+}

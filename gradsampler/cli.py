@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``gradsampler check`` and ``gradsampler optimize``."""
+"""The command line: ``gradsampler optimize``, ``gradsampler check`` and ``gradsampler doctor``."""
 
 import argparse
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gradsampler import _checks, gradient_flow, noise, solvers
+from gradsampler import _checks, backends, gradient_flow, noise, solvers
 from gradsampler import memory as memories
 from gradsampler._version import __version__
 from gradsampler.demo import OBJECTIVES, Demo
@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--steps", type=int, default=4, help="sampler steps")
     check.set_defaults(run=_check)
 
+    doctor = commands.add_parser("doctor", help="which backends are here, and why not the others?")
+    doctor.set_defaults(run=_doctor)
+
     optimize = commands.add_parser(
         "optimize", help="optimise noise on the digits model", formatter_class=defaults
     )
@@ -92,6 +95,28 @@ def _check(arguments: argparse.Namespace) -> int:
         print(f"{mode}\n{report}")
         passed = passed and report.passed
     return 0 if passed else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Versions, backends and the facts of the native extension's build."""
+    from gradsampler import _native
+
+    print(f"gradsampler {__version__}, torch {torch.__version__}")
+    print(f"CUDA of this torch: {torch.version.cuda or 'none'}")
+    print("backends:")
+    for name, found in backends.available().items():
+        print(f"  {name:10} {'here  ' if backends.present(name) else 'absent'}  {found}")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for kind in devices:
+        print(f"used on {kind} tensors: {backends.choose(None, torch.device(kind)).name}")
+    print("native extension:")
+    reason = _native.available()
+    if reason is not None:
+        print(f"  absent: {reason}")
+        return 0
+    for fact, value in (_native.facts() | {"isas": ", ".join(_native.isas())}).items():
+        print(f"  {fact:12} {value or 'none'}")
+    return 0
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def step(
         noise_coef: amount of noise, a float or a 0-d tensor.
         out: [B, *state], written in place; only where no gradient is recorded.
         out_dtype: dtype of the result; by default that of the first term.
-        backend: "reference", or None for the fastest present.
+        backend: a name of `backends.available()`, or None for the fastest present.
 
     Returns:
         [B, *state] of ``out_dtype``, computed in float32 at least.
@@ -102,7 +102,7 @@ def reparameterize(
         log_variance: [B, *state], or broadcastable to it.
         noise: [B, *state] standard normal.
         nonzero: [B] factor of the noise, 0 for samples at their last step.
-        backend: "reference", or None for the fastest present.
+        backend: a name of `backends.available()`, or None for the fastest present.
 
     Returns:
         [B, *state] of mean's dtype, computed in float32 at least.
@@ -149,7 +149,7 @@ def ancestral_step(
         noise: [B, C, *space] standard normal, or None for none.
         nonzero: [B] factor of the noise, 0 for samples at their last step.
         clamp: (low, high) bounds of x0.
-        backend: "reference", or None for the fastest present.
+        backend: a name of `backends.available()`, or None for the fastest present.
 
     Returns:
         [B, C, *space] of x's dtype, computed in float32 at least.
@@ -206,7 +206,7 @@ def flow_pair(
         x1: [B, *state] standard normal, or None to draw it from ``seed``.
         sigma_min: standard deviation left at t = 0.
         seed: of `noise.Philox` at step 0; drawn in float32 and cast to x0's dtype.
-        backend: "reference", or None for the fastest present.
+        backend: a name of `backends.available()`, or None for the fastest present.
 
     Returns:
         x_t, x1 and v, each [B, *state] of x0's dtype, computed in float32 at least.

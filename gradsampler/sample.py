@@ -72,7 +72,7 @@ def sample(
         progress: shows a bar.
         state_dtype: dtype of the state between model calls; None keeps z0's, float32 at least. The
             model is called in the dtype that its parameters share, else in z0's.
-        backend: "reference", or None for the fastest present.
+        backend: a name of `backends.available()`, or None for the fastest present.
         check_finite: raises where a state or a gradient is not finite (reads back at each call).
 
     Returns:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gradsampler import backends
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -63,3 +65,12 @@ def test_recorded_rows_have_the_columns_of_today(path, monkeypatch):
         reader = csv.DictReader(file)
         assert tuple(reader.fieldnames) == rows.COLUMNS
         assert all(float(line["median"]) >= 0 for line in reader)
+
+
+def test_native_step_benchmark_rehearses():
+    if not backends.present("cpu"):
+        pytest.skip(backends.available()["cpu"])
+    done = run("benchmarks/step_cpu.py", "--rehearse")
+    assert done.returncode == 0, done.stderr
+    for part in ("signed_roll", "randn_and_update", "of linear", "eager_forward_backward"):
+        assert part in done.stdout

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "program": "parameterization",
     "solvers.*": "program parameterization solvers.*",
     "reference": "noise philox",
-    "backends": "reference kernels.*",
+    "_native": "noise reference",
+    "backends": "_native reference kernels.*",
     "_ops": "backends noise",
     "ops": "_ops backends noise philox reference",
     "flow": "ops philox",
@@ -317,6 +318,7 @@ def python(code, *options, cwd=None):
 
 def test_importing_prints_nothing_and_loads_nothing_heavy():
     heavy = ["matplotlib", "sklearn", "scipy", "triton", "PIL", "gradsampler.kernels"]
+    heavy += ["gradsampler._native", "gradsampler._C"]
     child = python(
         "import sys, torch; before = set(sys.modules); state = torch.get_rng_state()\n"
         "import gradsampler, gradsampler.cli\n"

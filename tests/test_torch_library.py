@@ -10,10 +10,8 @@ import gradsampler as gs
 from gradsampler import _ops, backends
 from gradsampler.noise import Draw
 
-BACKENDS = ["reference"]
-if not backends.available()["triton"].startswith("import failed"):
-    BACKENDS.append("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [name for name in ("reference", "triton", DEVICE) if backends.present(name)]
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

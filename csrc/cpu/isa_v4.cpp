@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+#if defined(GS_X86_LEVELS)
+#include <immintrin.h>
+
+// No standard header may follow: its inline functions would be compiled for this level and could
+// be the copies that the linker keeps for everyone.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#endif
+#define GS_LEVEL level_v4
+#include "loops.h"
+
+namespace gs {
+const Isa isa_v4{"x86-64-v4", GS_LEVEL::make_loops<float, GS_LEVEL::BFloat16>(),
+                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>>()};
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

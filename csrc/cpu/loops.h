@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bodies of isa.h's loops, included once for each instruction set; no include guard.
+
+// Equal pointers may be passed (in-place use); a shift between them may not.
+#if defined(__clang__)
+#define GS_LOOP _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define GS_LOOP _Pragma("GCC ivdep")
+#endif
+
+namespace gs {
+namespace GS_LEVEL {
+
+#include "convert.h"
+
+// How an element lies in memory: in the compute type, or in bfloat16.
+template <class T>
+struct Plain {
+  using Stored = T;
+  static GS_FN T get(T x) { return x; }
+  static GS_FN T put(T x) { return x; }
+};
+struct BFloat16 {
+  using Stored = uint16_t;
+  static GS_FN float get(uint16_t x) { return widen_bf16(x); }
+  static GS_FN uint16_t put(float x) { return narrow_bf16(x); }
+};
+
+template <class T, int K, class S>
+GS_FN T weighted_sum(const typename S::Stored* const* x, const T* c, int64_t i) {
+  T sum = c[0] * S::get(x[0][i]);
+  GS_UNROLL
+  for (int k = 1; k < K; ++k) sum = mul_add(c[k], S::get(x[k][i]), sum);
+  return sum;
+}
+
+template <class T, int K, class S>
+void combine_terms(void* to, const void* const* terms, const T* coefs, const T* noise, T s, int64_t n) {
+  using Stored = typename S::Stored;
+  Stored* out = (Stored*)to;
+  const Stored* x[K];
+  T c[K];
+  for (int k = 0; k < K; ++k) x[k] = (const Stored*)terms[k], c[k] = coefs[k];
+  if (noise) {
+    GS_LOOP for (int64_t i = 0; i < n; ++i)
+      out[i] = S::put(mul_add(s, noise[i], weighted_sum<T, K, S>(x, c, i)));
+  } else {
+    GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = S::put(weighted_sum<T, K, S>(x, c, i));
+  }
+}
+
+template <class T, int K, class S>
+void combine_wave_terms(void* to, const void* const* terms, const T* coefs, const void* source,
+                        const Wave<T>& wave, T s, int64_t n) {
+  using Stored = typename S::Stored;
+  const Wave<T> w = wave;
+  Stored* out = (Stored*)to;
+  const Stored* z = (const Stored*)source;
+  const Stored* x[K];
+  T c[K];
+  for (int k = 0; k < K; ++k) x[k] = (const Stored*)terms[k], c[k] = coefs[k];
+  GS_LOOP for (int64_t i = 0; i < n; ++i)
+    out[i] = S::put(mul_add(s, wave_value(w, S::get(z[i])), weighted_sum<T, K, S>(x, c, i)));
+}
+
+#define GS_TERMS(call)           \
+  switch (terms) {               \
+    case 1: return call(1);      \
+    case 2: return call(2);      \
+    case 3: return call(3);      \
+    case 4: return call(4);      \
+    case 5: return call(5);      \
+    default: return call(6);     \
+  }
+
+template <class T, class S>
+void combine(void* out, const void* const* x, const T* c, int terms, const T* noise, T s, int64_t n) {
+#define GS_CALL(K) combine_terms<T, K, S>(out, x, c, noise, s, n)
+  GS_TERMS(GS_CALL)
+#undef GS_CALL
+}
+
+template <class T, class S>
+void combine_wave(void* out, const void* const* x, const T* c, int terms, const void* z,
+                  const Wave<T>& w, T s, int64_t n) {
+#define GS_CALL(K) combine_wave_terms<T, K, S>(out, x, c, z, w, s, n)
+  GS_TERMS(GS_CALL)
+#undef GS_CALL
+}
+#undef GS_TERMS
+
+template <class T>
+void clamp_block(T* x, T lo, T hi, int64_t n) {
+  GS_LOOP for (int64_t i = 0; i < n; ++i) x[i] = clamp_value(x[i], lo, hi);
+}
+
+template <class T>
+void clamp_pull_block(T* out, const T* g, const T* x, T lo, T hi, int64_t n) {
+  GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = clamp_pull(g[i], x[i], lo, hi);
+}
+
+template <class T>
+void scale(T* out, const T* x, T a, int64_t n) {
+  GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = a * x[i];
+}
+
+template <class T>
+void add_scaled(T* y, const T* x, T a, int64_t n) {
+  GS_LOOP for (int64_t i = 0; i < n; ++i) y[i] = mul_add(a, x[i], y[i]);
+}
+
+// A fixed number of lanes, so that the order of addition is the same on every machine.
+template <class T>
+double dot(const T* x, const T* y, int64_t n) {
+  constexpr int kLanes = 32;
+  T lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    GS_LOOP for (int l = 0; l < kLanes; ++l) lane[l] = mul_add(x[i + l], y[i + l], lane[l]);
+  }
+  for (int l = 0; i < n; ++i, ++l) lane[l] = mul_add(x[i], y[i], lane[l]);
+  double sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += double(lane[l]);
+  return sum;
+}
+
+template <class T>
+void wave(T* out, const T* z, const Wave<T>& wave, int64_t n) {
+  const Wave<T> w = wave;
+  GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = wave_value(w, z[i]);
+}
+
+template <class T>
+void wave_pull(T* dz0, const T* z, const T* g, const Wave<T>& wave, T s, int64_t n) {
+  const Wave<T> w = wave;
+  GS_LOOP for (int64_t i = 0; i < n; ++i) dz0[i] = mul_add(s * wave_slope(w, z[i]), g[i], dz0[i]);
+}
+
+template <class T>
+void normals(T* out, int64_t begin, uint32_t step, uint64_t seed, T a, bool add, int64_t n) {
+  constexpr int kQuads = 64;
+  uint32_t word[4][kQuads];
+  T value[4][kQuads], flat[4 * kQuads];
+  int64_t done = 0;
+  while (done < n) {
+    const uint64_t first = uint64_t(begin + done) >> 2;
+    const int skip = int((begin + done) & 3);
+    int64_t count = 4 * kQuads - skip;
+    if (count > n - done) count = n - done;
+    const int quads = int((skip + count + 3) / 4);
+    GS_LOOP for (int q = 0; q < quads; ++q) {
+      const Words w = normal_words(first + q, step, seed);
+      word[0][q] = w.w[0], word[1][q] = w.w[1], word[2][q] = w.w[2], word[3][q] = w.w[3];
+    }
+    GS_LOOP for (int q = 0; q < quads; ++q)
+      normal_pair<T>(word[0][q], word[1][q], value[0][q], value[1][q]);
+    GS_LOOP for (int q = 0; q < quads; ++q)
+      normal_pair<T>(word[2][q], word[3][q], value[2][q], value[3][q]);
+    for (int q = 0; q < quads; ++q) {
+      flat[4 * q] = value[0][q], flat[4 * q + 1] = value[1][q];
+      flat[4 * q + 2] = value[2][q], flat[4 * q + 3] = value[3][q];
+    }
+    T* to = out + done;
+    const T* from = flat + skip;
+    if (add) {
+      GS_LOOP for (int64_t i = 0; i < count; ++i) to[i] = mul_add(a, from[i], to[i]);
+    } else {
+      GS_LOOP for (int64_t i = 0; i < count; ++i) to[i] = a * from[i];
+    }
+    done += count;
+  }
+}
+
+GS_FN float negate_if(float x, uint32_t bit) { return from_bits(bits_of(x) ^ (bit << 31)); }
+GS_FN double negate_if(double x, uint32_t bit) { return from_bits(bits_of(x) ^ (uint64_t(bit) << 63)); }
+
+template <class T, bool Add>
+GS_FN void sign_run(T* to, const T* from, uint32_t word, T a, int count) {
+  GS_LOOP for (int l = 0; l < count; ++l) {
+    const T x = negate_if(from[l], (word >> l) & 1u);
+    to[l] = Add ? mul_add(a, x, to[l]) : a * x;
+  }
+}
+
+template <class T, bool Add>
+void sign_blocks(T* out, const T* x, int64_t begin, uint32_t sample, uint32_t step, uint64_t seed, T a,
+                 int64_t n) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t j = begin + i;
+    const Words w = sign_words(uint32_t(j >> 7), sample, step, seed);
+    for (int bit = int(j & 127); bit < 128 && i < n;) {
+      const int first = bit & 31;
+      const int count = int(n - i < 32 - first ? n - i : 32 - first);
+      if (count == 32)  // a constant: no remainder loops
+        sign_run<T, Add>(out + i, x + i, w.w[bit >> 5], a, 32);
+      else
+        sign_run<T, Add>(out + i, x + i, w.w[bit >> 5] >> first, a, count);
+      i += count;
+      bit += count;
+    }
+  }
+}
+
+template <class T>
+void signs(T* out, const T* x, int64_t begin, uint32_t sample, uint32_t step, uint64_t seed, T a,
+           bool add, int64_t n) {
+  add ? sign_blocks<T, true>(out, x, begin, sample, step, seed, a, n)
+      : sign_blocks<T, false>(out, x, begin, sample, step, seed, a, n);
+}
+
+template <class T>
+void ancestral(T* out, const T* x, const T* eps, const T* v, const T* noise, const Ancestral<T>& given,
+               int64_t n) {
+  const Ancestral<T> a = given;
+  GS_LOOP for (int64_t i = 0; i < n; ++i)
+    out[i] = ancestral_value(a, x[i], eps[i], v[i], noise[i]);
+}
+
+template <class T>
+void ancestral_pull_block(T* dx, T* deps, T* dv, T* dnoise, const T* g, const T* x, const T* eps,
+                          const T* v, const T* noise, const Ancestral<T>& given, int64_t n) {
+  const Ancestral<T> a = given;
+  GS_LOOP for (int64_t i = 0; i < n; ++i)
+    ancestral_pull(a, g[i], x[i], eps[i], v[i], noise[i], dx[i], deps[i], dv[i], dnoise[i]);
+}
+
+template <class T>
+void flow(T* x_t, T* velocity, const T* x0, const T* x1, const Flow<T>& given, int64_t n) {
+  const Flow<T> f = given;
+  GS_LOOP for (int64_t i = 0; i < n; ++i) {
+    x_t[i] = flow_state(f, x0[i], x1[i]);
+    velocity[i] = flow_velocity(f, x0[i], x1[i]);
+  }
+}
+
+template <class T>
+void flow_pull(T* dx0, T* dx1, const T* gx, const T* gv, const Flow<T>& given, int64_t n) {
+  const Flow<T> f = given;
+  GS_LOOP for (int64_t i = 0; i < n; ++i) {
+    dx0[i] = flow_pull_x0(f, gx[i], gv[i]);
+    dx1[i] = flow_pull_x1(f, gx[i], gv[i]);
+  }
+}
+
+template <class T, class Half>
+constexpr Loops<T> make_loops() {
+  return {read_block<T>, write_block<T>, copy_bytes, combine<T, Plain<T>>, combine_wave<T, Plain<T>>,
+          combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
+          scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T>, normals<T>,
+          signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>};
+}
+
+}  // namespace GS_LEVEL
+}  // namespace gs

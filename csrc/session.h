@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// One call on CUDA tensors: their checks, copies, workspace, device and stream.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include "cuda/launch.h"
+#include "tensors.h"
+
+namespace gs {
+using cuda::Slot;
+
+// Kernels read and write contiguous memory: others go through a copy, outputs there and back.
+struct Session {
+  const char* op;
+  Like like;
+  torch::stable::accelerator::DeviceGuard guard;
+  std::vector<Tensor> kept;
+  std::vector<std::pair<Tensor, Tensor>> to_copy;
+  bool wide = false;
+
+  Session(const char* op_, const Tensor& x) : op(op_), like(x), guard(like.device_index) {}
+
+  Slot plain(const Tensor& x, int dtype) {
+    kept.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+    Slot slot;
+    slot.data = kept.back().data_ptr();
+    slot.dtype = dtype;
+    return slot;
+  }
+  Slot input(const Tensor& x, const char* name, int64_t index = -1) {
+    const Operand checked = operand(x, like, {op, name, index});
+    wide |= checked.dtype == kFloat64;
+    return plain(x, checked.dtype);
+  }
+  Slot input(const Maybe& x, const char* name) { return x ? input(*x, name) : Slot(); }
+  Slot result(const Tensor& x, const char* name, bool widens = false, int64_t index = -1) {
+    const Operand checked = output(x, like, {op, name, index});
+    wide |= widens && checked.dtype == kFloat64;
+    const Slot slot = plain(x, checked.dtype);
+    if (!x.is_contiguous()) to_copy.emplace_back(x, kept.back());
+    return slot;
+  }
+  Slot result(const Maybe& x, const char* name, bool widens = false) {
+    return x ? result(*x, name, widens) : Slot();
+  }
+  // Contiguous within each sample at least: where that holds, no copy.
+  bool by_samples(const Maybe& x, const char* name, Slot& slot, int64_t& stride) const {
+    const int64_t size = like.samples() ? like.numel / like.samples() : 0;
+    stride = size;
+    if (!x) return true;
+    const Operand found = operand(*x, like, {op, name});
+    if (found.dims != 2 || found.stride[1] != 1 || found.size[1] != size || found.stride[0] < size) return false;
+    slot.data = x->data_ptr();
+    slot.dtype = found.dtype;
+    stride = found.stride[0];
+    return true;
+  }
+  Slot half_input(const Maybe& x, const char* name, int64_t& stride) {
+    Slot slot;
+    if (!by_samples(x, name, slot, stride)) return input(x, name);
+    wide |= x && slot.dtype == kFloat64;
+    return slot;
+  }
+  Slot half_result(const Maybe& x, const char* name, int64_t& stride) {
+    Slot slot;
+    return by_samples(x, name, slot, stride) ? slot : result(x, name);
+  }
+  // A small tensor of numbers that the kernel reads itself.
+  Slot numbers(const Tensor& x, const char* name) {
+    check_device(x, like, {op, name});
+    return plain(x, dtype_of(x, {op, name}));
+  }
+  double* workspace(int64_t count) {
+    kept.push_back(torch::stable::new_empty(kept.front(), std::vector<int64_t>{count},
+                                            torch::headeronly::ScalarType::Double));
+    return static_cast<double*>(kept.back().data_ptr());
+  }
+  void* stream() const {
+    void* found = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.device_index, &found));
+    return found;
+  }
+  void finish(int error) {
+    STD_TORCH_CHECK(error == 0, op, ": the CUDA launch failed with error ", error);
+    for (auto& [to, from] : to_copy) torch::stable::copy_(to, from);
+  }
+  cuda::Rows rows(bool by_sample) const {
+    if (!by_sample) return {1, like.numel};
+    return {like.samples(), like.samples() ? like.numel / like.samples() : 0};
+  }
+};
+
+inline cuda::DeviceNoise noise_of(Session& s, const Ints& draw, const Floats& numbers, const Maybe& source,
+                           const Maybe& coef) {
+  STD_TORCH_CHECK(draw.size() == 5 && numbers.size() == 7, s.op, ": draw must hold 5 and noise 7 numbers, got ",
+                  draw.size(), " and ", numbers.size());
+  cuda::DeviceNoise n;
+  n.kind = int(draw[0]);
+  n.step = uint32_t(draw[1]);
+  n.offset = draw[2];
+  n.seed = uint64_t(draw[3]);
+  n.normal_seed = uint64_t(draw[4]);
+  n.weight = numbers[0];
+  n.wave = make_wave<double>(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]);
+  n.normal = numbers[5];
+  n.coef = numbers[6];
+  STD_TORCH_CHECK(n.kind >= kOff && n.kind <= kGiven, s.op, ": draw.kind must be 0 to 3, got ", n.kind);
+  if (n.kind != kOff) {
+    const char* name = n.kind == kGiven ? "draw.given" : "z0";
+    STD_TORCH_CHECK(source.has_value(), s.op, ": ", name, " must be a tensor, got None");
+    n.source = s.input(*source, name);
+  }
+  const int64_t size = s.like.samples() ? s.like.numel / s.like.samples() : 0;
+  STD_TORCH_CHECK(n.kind != kSignedRoll || !s.like.numel || (n.offset >= 0 && n.offset < size), s.op,
+                  ": draw.offset must be in 0 to ", size - 1, ", got ", n.offset);
+  if (coef) {
+    STD_TORCH_CHECK(coef->numel() == 1, s.op, ": noise_coef must hold 1 numbers, got ", coef->numel());
+    const Slot at = s.numbers(*coef, "noise_coef");
+    n.coef_at = at.data;
+    n.coef_dtype = at.dtype;
+  }
+  return n;
+}
+
+inline cuda::DeviceCoefs coefs_of(Session& s, const Floats& numbers, const Maybe& tensor, int64_t terms) {
+  cuda::DeviceCoefs c;
+  if (!tensor) {
+    STD_TORCH_CHECK(int64_t(numbers.size()) == terms, s.op, ": coefs must hold ", terms, " numbers, got ",
+                    numbers.size());
+    std::copy(numbers.begin(), numbers.end(), c.values);
+    return c;
+  }
+  const auto got = tensor->sizes();
+  const bool per_sample = got.size() == 2;
+  STD_TORCH_CHECK((per_sample || got.size() == 1) && got[got.size() - 1] == terms &&
+                      (!per_sample || got[0] == s.like.samples()),
+                  s.op, ": coefs must have shape [", terms, "] or [", s.like.samples(), ", ", terms, "], got ",
+                  shape_text(got.data(), int64_t(got.size())));
+  const Slot at = s.numbers(*tensor, "coefs");
+  c.at = at.data;
+  c.dtype = at.dtype;
+  c.stride = per_sample ? terms : 0;
+  return c;
+}
+
+inline void clamp_of(const Session& s, const Floats& clamp, double& lo, double& hi) {
+  STD_TORCH_CHECK(clamp.empty() || clamp.size() == 2, s.op, ": clamp must hold 2 numbers, got ", clamp.size());
+  if (clamp.size() == 2) lo = clamp[0], hi = clamp[1];
+}
+
+}  // namespace gs
