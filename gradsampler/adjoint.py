@@ -3,7 +3,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class States(Protocol):
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         """Takes them back for the time of the backward run."""
+
+
+class Call(NamedTuple):
+    """A model call with its graph."""
+
+    x: Tensor  # the state
+    scaled: Tensor  # the model's input, a leaf
+    level: Tensor  # a leaf
+    outputs: tuple[Tensor, ...]
 
 
 class Gradients:
@@ -93,11 +102,21 @@ class Adjoint:
         self._sketches: dict[Evaluation, replay.Sketch] = {}
         self._changed: dict[Evaluation, Tensor] = {}
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
+        self._index = {e: k for k, e in enumerate(trajectory.program.evaluations)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._detached = False
         with torch.no_grad():
-            self._output: Tensor | None = trajectory.forward(self._z0, self._numbers, self._record)
+            self._output: Tensor | None = self._run()
+
+    def _run(self) -> Tensor:
+        """Runs forward; what backward needs is kept."""
+
+        def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
+            self._states.save(self._index[evaluation], x)
+            return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
+
+        return self._trajectory.forward(self._z0, self._numbers, evaluate)
 
     def inputs(self) -> list[Tensor]:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
@@ -110,34 +129,47 @@ class Adjoint:
         assert output is not None
         return output, self._states.release()
 
-    def _call(
-        self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The model's input and level as fresh leaves, and its outputs with their graph."""
+    def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
+        """Calls the model; its input and its level are fresh leaves."""
         scaled, level = self._trajectory.model_input(evaluation, x, scaled, self._numbers)
         scaled = scaled.detach().requires_grad_()
         level = level.clone().requires_grad_(self._levels)
         cond = self._trajectory.cond.filled(self._cond)
-        return scaled, level, self._trajectory.call(evaluation, scaled, level, cond)
+        with torch.enable_grad():
+            outputs = self._trajectory.call(evaluation, scaled, level, cond)
+        return Call(x, scaled, level, outputs)
 
-    def _record(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-        """Calls the model, keeps the state, and finds what else the call depends on."""
-        self._states.save(evaluation.state.call, x)
+    def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
+        """Calls the model for the first time, and finds what else the call depends on."""
         last = next(reversed(self._circumstances.values()), None)
         self._circumstances[evaluation] = replay.Circumstances(x.device, last)
         since = replay.mark()
-        with torch.enable_grad():
-            scaled, level, outputs = self._call(evaluation, x, scaled)
+        call = self._call(evaluation, x, scaled)
+        outputs = call.outputs
         self._dtypes.update(zip(evaluation.writes, (d.dtype for d in outputs), strict=True))
         found = replay.reached(outputs, since)
         self._outer |= found.outer
         self._sketches[evaluation] = replay.Sketch(outputs)
-        if self._asked() and id(scaled) not in found.leaves and not self._detached:
+        if self._asked() and id(call.scaled) not in found.leaves and not self._detached:
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
-        own = {id(scaled), id(level), *map(id, self._cond)}
+        own = {id(call.scaled), id(call.level), *map(id, self._cond)}
         self._leaves.update((key, leaf) for key, leaf in found.leaves.items() if key not in own)
-        return [output.detach() for output in outputs]
+        return call
+
+    def _again(self, evaluation: Evaluation) -> Call:
+        """Calls the model once more on the state that it saw."""
+        x = self._states.load(self._index[evaluation])
+        with self._circumstances[evaluation].restored():
+            return self._repeated(evaluation, x)
+
+    def _repeated(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
+        """Calls the model under restored circumstances and compares with the first time."""
+        call = self._call(evaluation, x, scaled)
+        changed = self._sketches[evaluation].differs(call.outputs)
+        known = self._changed.get(evaluation)
+        self._changed[evaluation] = changed if known is None else known | changed
+        return call
 
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
@@ -176,14 +208,15 @@ class Adjoint:
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
         )
+        given = {Z0: self._z0, **self._trajectory.constants}
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
         for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
             if isinstance(instruction, Stage):
                 terms = tuple(term for term in instruction.terms if term[0] in cot)
-                if instruction.writes == Z0:
+                if instruction.writes in given:
                     for reader, c in terms:
-                        gradients.number(c, self._z0, cot[reader])
-                if terms:
+                        gradients.number(c, given[instruction.writes], cot[reader])
+                if terms and instruction.writes.kind != "c":
                     cot[instruction.writes] = self._trajectory.combine(terms, cot, self._numbers)
             elif isinstance(instruction, Descent):
                 self._descend(instruction, cot, gradients)
@@ -205,10 +238,7 @@ class Adjoint:
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
         evaluation = pullback.evaluation
-        x = self._states.load(evaluation.state.call)
-        with self._circumstances[evaluation].restored(), torch.enable_grad():
-            scaled, level, outputs = self._call(evaluation, x)
-        self._changed[evaluation] = self._sketches[evaluation].differs(outputs)
+        x, scaled, level, outputs = self._again(evaluation)
         for slot, value in zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True):
             for reader, c in readers.get(slot, ()):
                 if reader in cot:
@@ -315,7 +345,8 @@ class Connection(torch.autograd.Function):
         """Cotangents of z0, the coefficients and the inputs."""
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "memory='checkpoint' must be differentiated once, got create_graph=True; "
+                "a run that keeps no activations must be differentiated once, got "
+                "create_graph=True; "
                 "memory='store' has a gradient of the gradient"
             )
         kept = ctx.saved_tensors[1 + ctx.count :]

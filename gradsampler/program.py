@@ -15,6 +15,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ __all__ = [
 class Slot(NamedTuple):
     """A tensor of the run; in the transposed program, its cotangent."""
 
-    kind: str  # "z0" | "x" a state | "d" a model output | "g" a cotangent returned by the model
+    kind: str  # "z0" | "x" state | "d" model output | "c" constant | "g" the model's cotangent
     call: int = 0  # the evaluation that reads the state or writes the output
     branch: int = 0  # the network call within that evaluation
 
@@ -166,6 +167,11 @@ class Program:
                 readers[slot] = (*readers.get(slot, ()), (stage.writes, coefficient))
         return readers
 
+    @cached_property
+    def dead(self) -> list[set[Slot]]:
+        """`last_reads`, computed once."""
+        return self.last_reads()
+
     def last_reads(self) -> list[set[Slot]]:
         """For each instruction the slots that it reads or writes and nothing after it reads."""
         needed, dead = {self.output}, []
@@ -201,6 +207,8 @@ def transpose(program: Program) -> Program:
             if instruction.injection:
                 backward.append(Absorption(slot, instruction.injection))
     backward.append(Stage(Z0, readers.get(Z0, ())))
+    # What is given beside z0 has no cotangent of interest; its coefficients have.
+    backward += [Stage(slot, terms) for slot, terms in readers.items() if slot.kind == "c"]
     return Program(tuple(backward), program.coefficients, program.num_steps, Z0)
 
 

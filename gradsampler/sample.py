@@ -65,7 +65,8 @@ def sample(
         churn: raises the level before each step (Karras et al. 2022, algorithm 2).
         eta: amount of noise of an ancestral or SDE solver; None is the solver's own default.
         s_noise: factor of the noise of such a solver.
-        memory: "store" | "checkpoint" | "auto", or a `gradsampler.memory` object.
+        memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "truncated:STEPS",
+            or a `gradsampler.memory` object.
         final_denoise: one last denoiser call at sigmas[-1], whose prediction is returned.
         cond: passed on to the denoiser as keyword arguments.
         callback: called after each step with a `StepInfo`.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program around a denoiser."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Trajectory:
     state_dtype: torch.dtype  # of the state between model calls
     model_dtype: torch.dtype  # of the model's input
     observer: Observer
+    constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
 
     def forward(self, z0: Tensor, numbers: Numbers, evaluate: Evaluate) -> Tensor:
         """Executes the instructions, and frees each slot after its last use.
@@ -53,10 +54,30 @@ class Trajectory:
             evaluate: from an evaluation, its state, and the model's input where that is at hand,
                 to the model's outputs.
         """
-        slots, scaled = {Z0: z0}, None
-        instructions = self.program.instructions
+        slots = {Z0: z0, **self.constants}
+        self.execute(slots, 0, len(self.program.instructions), z0, numbers, evaluate)
+        self.observer.finished()
+        return slots[self.program.output]
+
+    def execute(
+        self,
+        slots: dict[Slot, Tensor],
+        start: int,
+        stop: int,
+        z0: Tensor,
+        numbers: Numbers,
+        evaluate: Evaluate,
+    ) -> None:
+        """Executes the instructions from position ``start`` to before ``stop``.
+
+        Args:
+            slots: what the instructions before ``start`` left; changed to what these leave.
+            start, stop: positions in the program; elsewhere than at its ends, of an evaluation.
+            z0, numbers, evaluate: as for `forward`.
+        """
+        scaled, instructions = None, self.program.instructions[start:stop]
         for instruction, following, dead in zip(
-            instructions, (*instructions[1:], None), self.program.last_reads(), strict=True
+            instructions, (*instructions[1:], None), self.program.dead[start:stop], strict=True
         ):
             if isinstance(instruction, Stage):
                 x, scaled = self._stage(instruction, following, slots, numbers, z0)
@@ -69,8 +90,10 @@ class Trajectory:
                 self.observer.evaluated(instruction, x, outputs)
             for slot in dead:
                 del slots[slot]
-        self.observer.finished()
-        return slots[self.program.output]
+
+    def unobserved(self) -> "Trajectory":
+        """The same without callback, bar and checks, to run parts of it once more."""
+        return replace(self, observer=Observer(self.program))
 
     def _stage(
         self,
@@ -150,9 +173,9 @@ class Trajectory:
         self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         """Calls the model and checks what it returns."""
-        version = _version(x)
+        before = version(x)
         outputs = self.model.outputs(x, level, cond)
-        if _version(x) != version:
+        if version(x) != before:
             _checks.fail(
                 f"denoiser: its input at step {evaluation.step}",
                 "stay as it is",
@@ -166,5 +189,6 @@ class Trajectory:
         return outputs
 
 
-def _version(x: Tensor) -> int:
+def version(x: Tensor) -> int:
+    """How often the tensor was changed in place, as far as torch counts."""
     return 0 if x.is_inference() else x._version

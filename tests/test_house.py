@@ -68,6 +68,7 @@ NO_CHECKS = {"_checks", "_version", "replay", "models.*", "kernels.*", "__main__
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
 THIRD_PARTY = {
+    "memory.*": {"checkpoint_schedules"},
     "observer": {"tqdm"},
     "optimize": {"tqdm"},
     "models.*": {"safetensors"},
@@ -384,7 +385,9 @@ def test_what_lies_beside_the_modules_is_installed():
 
 
 def test_third_party_packages_are_declared():
-    declared = {re.match(r"[\w-]+", d)[0] for d in project()["project"]["dependencies"]}
+    declared = {
+        re.match(r"[\w-]+", d)[0].replace("-", "_") for d in project()["project"]["dependencies"]
+    }
     used = {each.name.split(".")[0] for name in SOURCES for each in imports(name)}
     used -= {*sys.stdlib_module_names, "gradsampler", "triton"}
     assert used <= declared

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory strategies by name: what a run keeps for its backward pass."""
 
-from gradsampler import _checks
+from gradsampler.memory import named
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
+from gradsampler.memory.named import names
+from gradsampler.memory.offload import Offload
+from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
+from gradsampler.memory.truncated import Truncated
 
-__all__ = ["Checkpoint", "Memory", "Store", "names", "resolve"]
-
-_REGISTRY: dict[str, type[Memory]] = {"store": Store, "checkpoint": Checkpoint}
-
-
-def names() -> list[str]:
-    """The names that ``memory=`` takes."""
-    return sorted((*_REGISTRY, "auto"))
+__all__ = [
+    "Checkpoint",
+    "Memory",
+    "Offload",
+    "Revolve",
+    "Store",
+    "Truncated",
+    "names",
+    "resolve",
+]
 
 
 def resolve(memory: str | Memory) -> Memory:
     """The strategy for a name or an object; "auto" is checkpoint."""
-    if isinstance(memory, Memory):
-        return memory
-    name = _checks.choice("memory", memory, names())
-    return _REGISTRY["checkpoint" if name == "auto" else name]()
+    steps = named.number(memory, "truncated")
+    return named.exact("memory", memory, ["truncated:4"]) if steps is None else Truncated(steps)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep the states elsewhere: in the host's memory or in files."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks
+from gradsampler.adjoint import Adjoint, Connection, States
+from gradsampler.memory.base import Memory
+from gradsampler.memory.checkpoint import Resident
+from gradsampler.memory.files import Files
+from gradsampler.memory.host import Host
+from gradsampler.memory.store import Store
+from gradsampler.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Offload(Memory):
+    """`Checkpoint` with the states elsewhere, copied while the model computes.
+
+    To "cpu", the states of a run on another device lie in one block of pinned memory; states that
+    are on the CPU stay where they are, and all is as with `Checkpoint`. To a folder, each state is
+    a file in a private folder within it, written and read by a thread of its own, at most two ahead
+    of the run, and its bytes are checked when they come back. The files go with the graph: after
+    backward, or when nobody refers to the sample any more. Those of a killed process stay, under
+    gradsampler-*, and no run reads them.
+
+    Args:
+        to: "cpu", or an existing folder.
+
+    Raises:
+        OSError: in the run, where the folder does not take the states; in backward, where a file is
+            not what was written.
+    """
+
+    to: str | os.PathLike[str] = "cpu"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.to, (str, os.PathLike)):
+            _checks.fail_type("Offload: to", 'be "cpu" or a folder', self.to)
+        if self.to != "cpu" and not Path(self.to).is_dir():
+            _checks.fail("Offload: to", 'be "cpu" or an existing folder', repr(str(self.to)))
+
+    def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return Store().run(trajectory, z0)
+        states: States
+        count = len(trajectory.program.evaluations)
+        if self.to != "cpu":
+            states = Files(Path(self.to), count)
+        elif z0.device.type == "cpu":
+            states = Resident()
+        else:
+            states = Host(count)
+        adjoint = Adjoint(trajectory, states, z0)
+        return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
