@@ -346,8 +346,7 @@ class Connection(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a run that keeps no activations must be differentiated once, got "
-                "create_graph=True; "
-                "memory='store' has a gradient of the gradient"
+                "create_graph=True; memory='store' has a gradient of the gradient"
             )
         kept = ctx.saved_tensors[1 + ctx.count :]
         gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
