@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The folder kernels/ must not hide an installed package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench bench-cpu sanitize test-gpu bench-gpu clean
+.PHONY: demo test lint bench bench-cpu sanitize dist test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
@@ -25,6 +25,11 @@ bench: $(VENV)/.tested
 
 bench-cpu: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/step_cpu.py
+
+# Without isolation: the extension is built against the torch of this environment.
+dist: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet build "setuptools>=77"
+	GRADSAMPLER_REQUIRE_EXT=1 $(BIN)/python -m build --no-isolation
 
 # The extension's tests under AddressSanitizer and UBSan, in a copy of the tree: the build here stays.
 SANITIZED := build/sanitized
