@@ -275,7 +275,8 @@ class Adjoint:
 
     def _descend(self, descent: Descent, cot: dict[Slot, Tensor], gradients: Gradients) -> None:
         """The cotangents of a state and of an output of the evaluation before, in one launch."""
-        slot, output, absorption = descent.state.writes, descent.output, descent.absorption
+        slot, output = descent.state.writes, descent.output
+        absorption = next(iter(descent.absorptions), None)
         a = {s: self._numbers[c] for s, c in descent.state.terms if s in cot}
         b = {s: self._numbers[c] for s, c in output.terms} if output is not None else {}
         g = next((s for s in a if s.kind == "g"), None)
@@ -300,6 +301,8 @@ class Adjoint:
             cot[output.writes] = mu
         if absorption is not None and (draw is None or self._levels):
             self._absorb(absorption, cot[slot], gradients, done=draw is not None)
+        for further in descent.absorptions[1:]:
+            self._absorb(further, cot[slot], gradients)
 
     def _draw(self, absorption: Absorption | None) -> Draw | None:
         """The injection as numbers, if a kernel can pull a cotangent back through it."""

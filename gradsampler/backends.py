@@ -28,6 +28,7 @@ class Backend:
     step_fwd: Callable[..., Any]
     step_bwd: Callable[..., Any]
     adjoint_step: Callable[..., Any]
+    leap: Callable[..., Any]
     ancestral_step_fwd: Callable[..., Any]
     ancestral_step_bwd: Callable[..., Any]
     flow_pair_fwd: Callable[..., Any]
@@ -97,7 +98,7 @@ def _cpu() -> tuple[Backend | None, str]:
     if reason is not None:
         return None, reason
     facts = _native.facts()
-    return Backend.of("cpu", _native), f"{facts['compiler']}, {facts['isa']}"
+    return Backend.of("cpu", reference, _native), f"{facts['compiler']}, {facts['isa']}"
 
 
 @cache
@@ -113,7 +114,7 @@ def _cuda() -> tuple[Backend | None, str]:
         reason = f"built for {archs}, but torch finds no GPU"
     if reason is not None:
         return None, reason
-    return Backend.of("cuda", _native), f"built for {archs}"
+    return Backend.of("cuda", reference, _native), f"built for {archs}"
 
 
 @cache
@@ -125,7 +126,7 @@ def _triton() -> tuple[Backend | None, str]:
         from gradsampler.kernels import adjoint, ancestral, flow_pair, step
     except ImportError as error:
         return None, f"import failed: {error}"
-    backend = Backend.of("triton", step, adjoint, ancestral, flow_pair)
+    backend = Backend.of("triton", reference, step, adjoint, ancestral, flow_pair)
     return backend, f"triton {triton.__version__}"
 
 

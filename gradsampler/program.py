@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sampling run as a table of numbers: affine stages with model evaluations between them.
 
-    stage       x_j = sum_k c_k * slot_k + s * n_i(z0)
+    stage       x_j = sum_k c_k * slot_k + sum_i s_i * n_i(z0)
     evaluation  d_j = F(c_in * x_j, c_noise)
 
 Only the numbers differ from solver to solver; they depend on the noise levels alone and are held
@@ -13,10 +13,11 @@ the gradient of the program is the transposed program, which `transpose` writes 
     absorption  cot(z0)  += s * n_i'(z0)^T cot(x_j)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Slot(NamedTuple):
 
 
 Z0 = Slot("z0")
+Key = TypeVar("Key", Slot, int)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
 
 
@@ -61,11 +63,11 @@ class Injection(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One affine combination of slots plus at most one injected noise."""
+    """One affine combination of slots plus injected noise."""
 
     writes: Slot
     terms: Terms
-    injection: Injection | None = None
+    injections: tuple[Injection, ...] = ()
 
     def reads(self) -> Iterator[Slot]:
         """The slots that the stage reads."""
@@ -118,11 +120,11 @@ class Absorption:
 @dataclass(frozen=True)
 class Descent:
     """A state's cotangent, its share of z0, and with it the first cotangent of the outputs of the
-    evaluation before: one launch.
+    evaluation before: one launch, and one more for each further absorption.
     """
 
     state: Stage
-    absorption: Absorption | None = None
+    absorptions: tuple[Absorption, ...] = ()
     output: Stage | None = None
 
     def reads(self) -> Iterator[Slot]:
@@ -156,8 +158,8 @@ class Program:
 
     @property
     def injections(self) -> tuple[Injection, ...]:
-        """The injections in order."""
-        return tuple(stage.injection for stage in self.stages if stage.injection)
+        """The injections in order; a step's noise may be injected by more than one stage."""
+        return tuple(injection for stage in self.stages for injection in stage.injections)
 
     def readers(self) -> dict[Slot, Terms]:
         """For each slot the states computed from it, with the positions of the coefficients."""
@@ -204,8 +206,7 @@ def transpose(program: Program) -> Program:
             slot = instruction.writes
             if slot != program.output:
                 backward.append(Stage(slot, readers.get(slot, ()) + returned.get(slot, ())))
-            if instruction.injection:
-                backward.append(Absorption(slot, instruction.injection))
+            backward += [Absorption(slot, injection) for injection in instruction.injections[::-1]]
     backward.append(Stage(Z0, readers.get(Z0, ())))
     # What is given beside z0 has no cotangent of interest; its coefficients have.
     backward += [Stage(slot, terms) for slot, terms in readers.items() if slot.kind == "c"]
@@ -220,39 +221,38 @@ def fused(transposed: Program) -> Program:
         if isinstance(instruction, Stage) and instruction.writes.kind == "x":
             grouped.append(Descent(instruction))
         elif isinstance(last, Descent) and isinstance(instruction, Absorption):
-            grouped[-1] = Descent(last.state, instruction)
+            grouped[-1] = Descent(last.state, (*last.absorptions, instruction))
         elif (
             isinstance(last, Descent)
             and last.output is None
             and isinstance(instruction, Stage)
             and instruction.writes.kind == "d"
         ):
-            grouped[-1] = Descent(last.state, last.absorption, instruction)
+            grouped[-1] = Descent(last.state, last.absorptions, instruction)
         else:
             grouped.append(instruction)
     return replace(transposed, instructions=tuple(grouped))
 
 
 class Affine:
-    """A linear combination of slots plus at most one injected noise, as a solver writes it."""
+    """A linear combination of slots and of the steps' noises, as a solver writes it."""
 
     def __init__(
-        self, terms: dict[Slot, Coefficient], noise: tuple[int, Coefficient] | None = None
+        self,
+        terms: Mapping[Slot, Coefficient] = MappingProxyType({}),
+        noises: Mapping[int, Coefficient] = MappingProxyType({}),
     ) -> None:
         self.terms = terms
-        self.noise = noise  # (step, coefficient)
+        self.noises = noises  # by step
 
     def __add__(self, other: "Affine") -> "Affine":
-        if self.noise and other.noise:
-            raise ValueError("a stage injects at most one noise, got a sum of two")
-        terms = dict(self.terms)
-        for slot, c in other.terms.items():
-            terms[slot] = terms[slot] + c if slot in terms else c
-        return Affine(terms, self.noise or other.noise)
+        return Affine(_sum(self.terms, other.terms), _sum(self.noises, other.noises))
 
     def __mul__(self, factor: Coefficient) -> "Affine":
-        noise = (self.noise[0], self.noise[1] * factor) if self.noise else None
-        return Affine({slot: c * factor for slot, c in self.terms.items()}, noise)
+        return Affine(
+            {slot: c * factor for slot, c in self.terms.items()},
+            {step: c * factor for step, c in self.noises.items()},
+        )
 
     __rmul__ = __mul__
 
@@ -291,7 +291,7 @@ class Recorder:
 
     def noise(self) -> Affine:
         """The noise of the current step."""
-        return Affine({}, (self.step, 1.0))
+        return Affine(noises={self.step: 1.0})
 
     def denoise(self, x: Affine, sigma: Tensor) -> tuple[Affine, Affine]:
         """Ends a stage at the state ``x`` and evaluates the model there.
@@ -337,9 +337,9 @@ class Recorder:
         return Program(tuple(self._instructions), numbers, self.num_steps, output)
 
     def _write(self, x: Affine) -> Slot:
-        injection = Injection(x.noise[0], self._number(x.noise[1])) if x.noise else None
+        injections = tuple(Injection(step, self._number(c)) for step, c in x.noises.items())
         slot = Slot("x", self._evaluations)
-        self._instructions.append(Stage(slot, self._terms(x), injection))
+        self._instructions.append(Stage(slot, self._terms(x), injections))
         return slot
 
     def _terms(self, x: Affine) -> Terms:
@@ -348,6 +348,13 @@ class Recorder:
     def _number(self, c: Coefficient) -> int:
         self._numbers.append(torch.as_tensor(c, dtype=torch.float64))
         return len(self._numbers) - 1
+
+
+def _sum(a: Mapping[Key, Coefficient], b: Mapping[Key, Coefficient]) -> dict[Key, Coefficient]:
+    total = dict(a)
+    for key, c in b.items():
+        total[key] = total[key] + c if key in total else c
+    return total
 
 
 def _absent(c: Coefficient) -> bool:

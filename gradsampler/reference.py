@@ -82,6 +82,57 @@ def step_fwd(
     return result, (model_scale * total).to(model_dtype or dtype)
 
 
+def leap(
+    carried: Tensor,  # [B, *state] int32 or int64, changed in place
+    terms: Sequence[Tensor],  # K tensors [B, *state], each of its own dtype
+    coefs: Sequence[float],
+    z0: Tensor | None = None,
+    draw: Draw | None = None,
+    noise_coef: float = 0.0,
+    *,
+    sign: int,  # 1 goes forward, -1 undoes it to the bit
+    scale: float,  # of the state: what a unit of ``carried`` stands for afterwards
+    overflow: Tensor,  # [1] int32, set to 1 where a number leaves the range
+    out_dtype: torch.dtype,
+    wants_state: bool = True,
+    model_scale: float | None = None,
+    model_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``carried += sign * round(sum_k coefs[k] * terms[k] + noise_coef * n(z0))``.
+
+    Gives the state ``scale * carried``, and with ``model_scale`` that times ``model_scale``. The
+    range ends a bit before the integers', so that a sum of two within it does not wrap.
+    """
+    compute = _compute(out_dtype, *terms, z0, draw and draw.given)
+    change = step_fwd(terms, coefs, z0, draw, noise_coef, out_dtype=compute)
+    assert isinstance(change, Tensor)
+    limit = 2 ** (8 * carried.element_size() - 2)
+    outside = ~(change.abs() <= limit)  # NaN is outside as well
+    carried += sign * change.round().masked_fill(outside, 0).to(carried.dtype)
+    overflow |= (outside | (carried > limit) | (carried < -limit)).any()
+    if not wants_state:
+        return None, None
+    return fixed_point(carried, scale, out_dtype, model_scale, model_dtype)
+
+
+def fixed_point(
+    integers: Tensor,  # [B, *state] int32 or int64
+    scale: float,
+    out_dtype: torch.dtype,
+    model_scale: float | None = None,
+    model_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The state that the integers hold, and with ``model_scale`` the model's input.
+
+    Every backend's `leap` gives these very bits.
+    """
+    compute = _compute(out_dtype)
+    x = (integers.to(compute) * scale).to(out_dtype)
+    if model_scale is None:
+        return x, None
+    return x, (x.to(compute) * model_scale).to(model_dtype or out_dtype)
+
+
 def step_bwd(
     g: Tensor,  # [B, *state] cotangent of the result
     terms: Sequence[Tensor],  # only dtypes matter without needs_coefs and clamp

@@ -190,7 +190,7 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
     """The noise source of the run, checked against its injections."""
     if noise is not None and not isinstance(noise, NoiseSource):
         _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
-    steps = [injection.step for injection in program.injections]
+    steps = list(dict.fromkeys(injection.step for injection in program.injections))
     if noise is None:
         noise = SignedRoll(seed=0) if steps else Off()
     elif not steps and not isinstance(noise, Off):

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsampler import _checks
 from gradsampler.backends import MAX_TERMS, Backend
 from gradsampler.conditioning import Conditioning
-from gradsampler.noise import NoiseSource, draw_of
+from gradsampler.noise import Draw, NoiseSource, draw_of
 from gradsampler.observer import Observer
 from gradsampler.parameterization import Parameterization
 from gradsampler.program import Z0, Evaluation, Injection, Instruction, Program, Slot, Stage, Terms
@@ -109,7 +109,7 @@ class Trajectory:
             c_in = numbers[following.c_in]
             if c_in != 1.0 or self.model_dtype != self.state_dtype:
                 scale = c_in
-        result = self.combine(stage.terms, slots, numbers, stage.injection, z0, scale)
+        result = self.combine(stage.terms, slots, numbers, stage.injections, z0, scale)
         return result if isinstance(result, tuple) else (result, None)
 
     def _exact(self, stage: Stage, slots: dict[Slot, Tensor]) -> bool:
@@ -129,34 +129,47 @@ class Trajectory:
         terms: Terms,
         slots: dict[Slot, Tensor],
         numbers: Numbers,
-        injection: Injection | None = None,
+        injections: Sequence[Injection] = (),
         z0: Tensor | None = None,
         model_scale: float | Tensor | None = None,
     ) -> Any:
-        """A combination of slots plus the injected noise; with ``model_scale`` a pair, the second
+        """A combination of slots plus injected noise; with ``model_scale`` a pair, the second
         being the model's input.
         """
-        draw, tensors = None, [slots[slot] for slot, _ in terms]
+        tensors = [slots[slot] for slot, _ in terms]
         factors = [numbers[c] for _, c in terms]
-        if injection is not None:
-            assert z0 is not None
-            draw = draw_of(self.noise, z0, injection.step, self.program.num_steps, self.state_dtype)
-        while len(tensors) > MAX_TERMS:
-            partial = self.backend.step_fwd(
-                tensors[:MAX_TERMS], factors[:MAX_TERMS], out_dtype=self.state_dtype
-            )
-            tensors = [partial, *tensors[MAX_TERMS:]]
-            factors = [1.0, *factors[MAX_TERMS:]]
+        amounts = [numbers[injection.coefficient] for injection in injections]
         return self.backend.step_fwd(
-            tensors,
-            factors,
-            z0,
-            draw,
-            numbers[injection.coefficient] if injection else 0.0,
+            *self.operands(tensors, factors, injections, amounts, z0),
             out_dtype=self.state_dtype,
             model_scale=model_scale,
             model_dtype=self.model_dtype,
         )
+
+    def operands(
+        self,
+        tensors: list[Tensor],
+        factors: list[Any],
+        injections: Sequence[Injection],
+        amounts: list[Any],
+        z0: Tensor | None,
+    ) -> tuple[list[Tensor], list[Any], Tensor | None, Draw | None, Any]:
+        """The arguments of one launch, which takes few tensors and one noise; what is beyond that
+        is added up in launches before.
+        """
+        draws: list[tuple[Draw | None, Any]] = []
+        for injection, amount in zip(injections, amounts, strict=True):
+            assert z0 is not None
+            step, num_steps = injection.step, self.program.num_steps
+            draws.append((draw_of(self.noise, z0, step, num_steps, self.state_dtype), amount))
+        while len(draws) > 1 or len(tensors) > MAX_TERMS:
+            noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
+            partial = self.backend.step_fwd(
+                tensors[:MAX_TERMS], factors[:MAX_TERMS], z0, *noise, out_dtype=self.state_dtype
+            )
+            tensors = [partial, *tensors[MAX_TERMS:]]
+            factors = [1.0, *factors[MAX_TERMS:]]
+        return tensors, factors, z0, *(draws[0] if draws else (None, 0.0))
 
     def model_input(
         self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None, numbers: Numbers

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "observer": "program",
     "trajectory": "backends conditioning noise observer parameterization program",
     "adjoint": "noise program replay trajectory",
-    "memory.*": "_ops adjoint program replay trajectory memory.*",
+    "memory.*": "_ops adjoint program reference replay trajectory memory.*",
     "sample": "*",
     "iteration": "*",
     "optimize": "sample journal observer parameterization replay noise",

@@ -25,7 +25,7 @@ STEPS = 14  # guidance oscillates from step 10 on
 TIMES = [3 * u / (1 + 2 * u) for u in (1 - i / STEPS for i in range(STEPS + 1))]
 SHAPE = (2, 3, 3, 4, 2)  # B, C, T, H, W
 PATCH = 2
-memories = pytest.mark.parametrize("memory", gs.memory.names())
+memories = pytest.mark.parametrize("memory", sorted(set(gs.memory.names()) - {"reversible"}))
 
 
 def leaf(x):

@@ -183,6 +183,27 @@ def ddpm(at, x, variance="fixed_small", s_noise=1.0):
     return in_vp(vp_ddpm, at, x, variance, True, s_noise)
 
 
+def midpoint_reversible(at, x, eta=0.0, s_noise=1.0):
+    """w[i+1] = w[i-1] + e[i-1] + e[i] + c[i] D: x = A w without churn's noise, A is the product of
+    the one-step ratios, and e what an interval injects, over A.
+    """
+    clean = at.denoise(x, at.s)
+    up = min(at.t, eta * at.t / at.s * math.sqrt(at.s**2 - at.t**2))
+    late = at.draw() * s_noise * up if up > 0 else 0.0
+    ratio = math.sqrt(at.t**2 - up**2) / at.s
+    if ratio == 0:
+        at.past.clear()
+        return clean + late
+    first = not at.past
+    last_ratio, w_before, e_before, a, w = (1.0, 0.0, 0.0, 1.0, x) if first else at.past[-1]
+    ahead = a * ratio
+    e = x / a - w + late / ahead
+    slope = (1 - last_ratio) / a + (1 - ratio) / ahead
+    w_ahead = (w if first else w_before + e_before) + e + slope * clean
+    at.past.append((ratio, w, e, ahead, w_ahead))
+    return ahead * w_ahead
+
+
 LOOPS = {
     "ddim": ddim,
     "ddpm": ddpm,
@@ -192,6 +213,7 @@ LOOPS = {
     "euler_ancestral": euler_ancestral,
     "heun": heun,
     "midpoint": midpoint,
+    "midpoint_reversible": midpoint_reversible,
     "res_2ab": res_2ab,
     "res_2mid": res_2mid,
     "res_2mid_stable": res_2mid_stable,
@@ -252,9 +274,11 @@ STOCHASTIC = {
     "euler_ancestral-eta0": {"eta": 0.0},
     "euler_ancestral-eta0.5": {"eta": 0.5, "s_noise": 0.8},
     "euler_ancestral-eta1.7-clamps": {"eta": 1.7},
+    "midpoint_reversible-eta0.5": {"eta": 0.5, "s_noise": 0.8},
+    "midpoint_reversible-eta1.7-clamps": {"eta": 1.7},
 }
 
-DETERMINISTIC = sorted(set(LOOPS) - {name.partition("-")[0] for name in STOCHASTIC})
+DETERMINISTIC = sorted(name for name in LOOPS if not solvers.resolve(name).stochastic)
 
 
 class Case(NamedTuple):
@@ -398,22 +422,39 @@ def test_without_noise_a_stochastic_solver_drops_its_noise_only(name):
 # In flow time a loop follows the velocity, and D appears nowhere.
 
 
-def flow_euler(velocity, x, s, t):
+def flow_euler(velocity, x, s, t, past):
     return x + (t - s) * velocity(x, s)
 
 
-def flow_heun(velocity, x, s, t):
+def flow_heun(velocity, x, s, t, past):
     first = velocity(x, s)
     ahead = x + (t - s) * first
     return ahead if t == 0 else x + (t - s) / 2 * (first + velocity(ahead, t))
 
 
-def flow_midpoint(velocity, x, s, t):
+def flow_midpoint_reversible(velocity, x, s, t, past):
+    """Two intervals at once with the velocity in between, in x / t."""
+    slope = velocity(x, s)
+    ahead = x + (t - s) * slope
+    if past and t > 0:
+        # D / t^2 is minus the derivative of x / t: x / t - x / s = D (1 / t - 1 / s).
+        before, x_before = past[-1]
+        ahead = t * (x_before / before + (x - s * slope) * (1 / t - 1 / before))
+    past.append((s, x))
+    return ahead
+
+
+def flow_midpoint(velocity, x, s, t, past):
     m = (s + t) / 2
     return x + (t - s) * velocity(x + (m - s) * velocity(x, s), m)
 
 
-FLOW_LOOPS = {"euler": flow_euler, "heun": flow_heun, "midpoint": flow_midpoint}
+FLOW_LOOPS = {
+    "euler": flow_euler,
+    "heun": flow_heun,
+    "midpoint": flow_midpoint,
+    "midpoint_reversible": flow_midpoint_reversible,
+}
 TIMES = {
     "even": [1.0, 0.75, 0.5, 0.25, 0.0],
     "shifted": [1.0, 0.9, 0.75, 0.5, 0.0],
@@ -428,9 +469,9 @@ def test_every_solver_of_flow_time_has_a_loop():
 @pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
 @pytest.mark.parametrize("name", FLOW_LOOPS)
 def test_agrees_with_the_loop_in_flow_time(name, times):
-    x = Z0
+    x, past = Z0, []
     for s, t in pairwise(times):
-        x = FLOW_LOOPS[name](MIXTURE.velocity, x, s, t)
+        x = FLOW_LOOPS[name](MIXTURE.velocity, x, s, t, past)
     got = gs.sample(MIXTURE.velocity, Z0, f64(times), solver=name, prediction="flow")
     assert error(got, x) <= 1e-10
 

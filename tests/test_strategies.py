@@ -675,8 +675,7 @@ def interpreted(program, model, z0, noise, first, shift):
             if not cut and isinstance(after, Evaluation) and after.step >= first > 0:
                 cut, x = True, x.detach()
                 slots = {slot: value.detach() for slot, value in slots.items()} | {Z0: z0}
-            if instruction.injection:
-                step, k = instruction.injection
+            for step, k in instruction.injections:
                 added = c[k] * noise.at(z0, step, program.num_steps)
                 x = x + (added if step >= first or first <= 0 else added.detach())
             slots[instruction.writes] = x
@@ -702,7 +701,7 @@ def test_truncated_against_an_interpreter(solver, kind, inner):
 
         def loop(first=first):
             program = method.program(sigmas, model, churn=options.get("churn"), final_denoise=False)
-            steps = [injection.step for injection in program.injections]
+            steps = list(dict.fromkeys(i.step for i in program.injections))
             return interpreted(program, model, z0, noise.prepare(z0, steps), first, shift)
 
         def run(steps=steps):
@@ -730,7 +729,10 @@ def test_truncated_says_so_and_leaves_the_sample_as_it_is():
             callback=lambda info, seen=seen: seen.append(info.step),
             **options,
         )
-        assert torch.equal(x, whole)
+        if solver == "midpoint_reversible":  # whose stages inject the noises of two steps
+            torch.testing.assert_close(x, whole, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(x, whole)
         assert seen == list(range(5))
 
 

@@ -40,10 +40,10 @@ class OpenChurn(Churn):
             return 0.0
         return min(self.s_churn / (num_steps + 1), math.sqrt(1.2) - 1)
 
-    def raised(self, run: Recorder, x: Affine, sigma: Tensor) -> tuple[Affine, Tensor]:
+    def raised(self, run: Recorder, sigma: Tensor) -> tuple[Affine, Tensor]:
         if self.idle and self.s_churn == 0 and self.s_tmin < sigma.item() < self.s_tmax:
-            return x + 0.0 * run.noise(), sigma
-        return super().raised(run, x, sigma)
+            return 0.0 * run.noise(), sigma
+        return super().raised(run, sigma)
 
 
 class X0Function(Parameterization):

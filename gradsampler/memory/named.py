@@ -7,6 +7,7 @@ from gradsampler import _checks
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.offload import Offload
+from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
 
@@ -15,6 +16,7 @@ _REGISTRY: dict[str, type[Memory]] = {
     "store": Store,
     "checkpoint": Checkpoint,
     "offload": Offload,
+    "reversible": Reversible,
     "revolve": Revolve,
 }
 

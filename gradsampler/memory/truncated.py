@@ -2,7 +2,7 @@
 """The gradient through the last steps alone."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from gradsampler import _checks
 from gradsampler.memory import named
 from gradsampler.memory.base import Memory
 from gradsampler.memory.store import Store
-from gradsampler.program import Z0, Evaluation, Instruction, Program, Slot, Stage
+from gradsampler.program import Z0, Evaluation, Program, Slot, Stage
 from gradsampler.trajectory import Trajectory
 
 
@@ -21,7 +21,8 @@ from gradsampler.trajectory import Trajectory
 class Truncated(Memory):
     """The gradient through the last ``steps`` sampler steps only: not that of the run.
 
-    The sample is the same. The steps before keep nothing for backward: the state in which step
+    The sample is the same, to rounding where a stage injects the noises of two steps, and else to
+    the bit. The steps before keep nothing for backward: the state in which step
     N - steps begins is a constant, and so are the earlier states and model outputs that a multistep
     solver looks back at. So the noise injected from that step on still carries its gradient to
     z0 (or to the tensors of a `noise.Given`), and conditioning, parameters and levels receive
@@ -57,8 +58,9 @@ class Truncated(Memory):
             return inner.run(trajectory, z0)
         entry = program.instructions[cut - 1]
         assert isinstance(entry, Stage)
-        live = entry.injection is not None and entry.injection.step >= first
+        live = any(injection.step >= first for injection in entry.injections)
         slots = _head(trajectory, z0, cut - 1 if live else cut)
+        slots |= _early(trajectory, z0, cut - 1 if live else cut, first)
         tail, names = _tail(program, cut, slots, live=live)
         if z0.requires_grad and not tail.injections and Z0 not in tail.readers():
             warnings.warn(
@@ -90,6 +92,19 @@ def _head(trajectory: Trajectory, z0: Tensor, stop: int) -> dict[Slot, Tensor]:
     return slots
 
 
+def _early(trajectory: Trajectory, z0: Tensor, start: int, first: int) -> dict[Slot, Tensor]:
+    """The noises of steps before ``first`` that stages from instruction ``start`` on inject."""
+    program = trajectory.program
+    stages = [i for i in program.instructions[start:] if isinstance(i, Stage)]
+    steps = {injection.step for stage in stages for injection in stage.injections}
+    with torch.no_grad():
+        return {
+            Slot("n", step): trajectory.noise.at(z0, step, program.num_steps).detach()
+            for step in sorted(steps)
+            if step < first
+        }
+
+
 def _tail(
     program: Program, cut: int, slots: Iterable[Slot], *, live: bool
 ) -> tuple[Program, dict[Slot, Slot]]:
@@ -102,18 +117,23 @@ def _tail(
     entry = program.instructions[cut - 1]
     assert isinstance(entry, Stage)
     if live:
-        fixed = torch.stack([numbers[c] for _, c in entry.terms]).detach()
-        terms = tuple((names[slot], count + k) for k, (slot, _) in enumerate(entry.terms))
-        start = Stage(entry.writes, terms, entry.injection)
+        repeated = _over(entry, names)
+        fixed = torch.stack([numbers[c] for _, c in repeated.terms]).detach()
+        terms = tuple((slot, count + k) for k, (slot, _) in enumerate(repeated.terms))
+        start = replace(repeated, terms=terms)
     else:
         fixed = torch.ones(1, dtype=numbers.dtype)
         start = Stage(entry.writes, ((names[entry.writes], count),))
     known = {slot: name for slot, name in names.items() if slot not in (Z0, entry.writes)}
-    rest: list[Instruction] = [start]
-    for instruction in program.instructions[cut:]:
-        if isinstance(instruction, Stage):
-            terms = tuple((known.get(slot, slot), c) for slot, c in instruction.terms)
-            instruction = replace(instruction, terms=terms)
-        rest.append(instruction)
-    tail = replace(program, instructions=tuple(rest), coefficients=torch.cat([numbers, fixed]))
-    return tail, names
+    rest = [_over(i, known) if isinstance(i, Stage) else i for i in program.instructions[cut:]]
+    numbers = torch.cat([numbers, fixed])
+    return replace(program, instructions=(start, *rest), coefficients=numbers), names
+
+
+def _over(stage: Stage, names: Mapping[Slot, Slot]) -> Stage:
+    """The stage with constants in the place of the slots and noises that ``names`` knows."""
+    terms = [(names.get(slot, slot), c) for slot, c in stage.terms]
+    early = [i for i in stage.injections if Slot("n", i.step) in names]
+    terms += [(names[Slot("n", i.step)], i.coefficient) for i in early]
+    later = tuple(i for i in stage.injections if i not in early)
+    return Stage(stage.writes, tuple(terms), later)

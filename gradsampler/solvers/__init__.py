@@ -11,6 +11,7 @@ from gradsampler.solvers.dpmpp import DPMpp2M, DPMpp2MSDE
 from gradsampler.solvers.euler import Euler
 from gradsampler.solvers.heun import Heun, Midpoint
 from gradsampler.solvers.res import Res2AB, Res2Mid, Res2MidStable
+from gradsampler.solvers.reversible import MidpointReversible
 
 __all__ = [
     "DDIM",
@@ -22,6 +23,7 @@ __all__ = [
     "EulerAncestral",
     "Heun",
     "Midpoint",
+    "MidpointReversible",
     "Res2AB",
     "Res2Mid",
     "Res2MidStable",
@@ -35,6 +37,7 @@ _REGISTRY: dict[str, type[Solver]] = {
     "euler": Euler,
     "heun": Heun,
     "midpoint": Midpoint,
+    "midpoint_reversible": MidpointReversible,
     "res_2ab": Res2AB,
     "res_2mid": Res2Mid,
     "res_2mid_stable": Res2MidStable,

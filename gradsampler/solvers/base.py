@@ -3,6 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -43,13 +44,13 @@ class Churn:
             return 0.0
         return min(self.s_churn / num_steps, math.sqrt(2) - 1)
 
-    def raised(self, run: Recorder, x: Affine, sigma: Tensor) -> tuple[Affine, Tensor]:
-        """The state and the level after churn."""
+    def raised(self, run: Recorder, sigma: Tensor) -> tuple[Affine, Tensor]:
+        """What is added to the state, and the level after it."""
         eta = self.eta(sigma.item(), run.num_steps)
         if eta == 0:
-            return x, sigma
-        hat = sigma * (1 + eta)
-        return x + self.s_noise * sigma * math.sqrt(eta * (2 + eta)) * run.noise(), hat
+            return Affine(), sigma
+        amount = self.s_noise * sigma * math.sqrt(eta * (2 + eta))
+        return amount * run.noise(), sigma * (1 + eta)
 
 
 class Solver(ABC):
@@ -93,16 +94,18 @@ class Solver(ABC):
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
         """
         run = Recorder(model, len(sigmas) - 1)
-        levels = sigmas.unbind()
-        x = levels[0] * run.z0()
-        for run.step, (s, t) in enumerate(pairwise(levels)):
-            if churn is not None:
-                x, s = churn.raised(run, x, s)
-            x = self.step(run, x, s, t)
+        x = self.steps(run, sigmas[0] * run.z0(), sigmas.unbind(), churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps
-            _, x = run.denoise(x, levels[-1])
+            _, x = run.denoise(x, sigmas[-1])
         return run.finish(x)
+
+    def steps(self, run: Recorder, x: Affine, levels: Sequence[Tensor], churn: Churn) -> Affine:
+        """All steps, from the state at the first level to that at the last."""
+        for run.step, (s, t) in enumerate(pairwise(levels)):
+            noise, s = churn.raised(run, s)
+            x = self.step(run, x + noise, s, t)
+        return x
 
 
 def half_log_snr(sigma: Tensor) -> Tensor:

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep no states: undo the steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks
+from gradsampler.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.memory.base import Memory
+from gradsampler.memory.checkpoint import Resident
+from gradsampler.memory.leapfrog import FixedPoint, Leapfrog
+from gradsampler.program import Z0, Evaluation, Slot
+from gradsampler.reference import fixed_point
+from gradsampler.replay import ReplayError
+from gradsampler.trajectory import Evaluate, Trajectory
+
+
+@dataclass(frozen=True)
+class Reversible(Memory):
+    """The last two states, in integers; backward undoes the steps, exact to the bit.
+
+    For ``solver="midpoint_reversible"`` alone. A state is held as a multiple of a small unit, and a
+    step adds an increment that is rounded once, so that the same call of the model gives back the
+    very state that was there: the gradient is that of the run, with rounding counted as identity,
+    however many steps there are. Backward calls the model once more a step, as with `Checkpoint`.
+
+    The integers have 32 bits where these hold the run with 20 bits below one, and else 64. The
+    denoiser must give the same bits again: on a GPU that may need
+    ``torch.use_deterministic_algorithms(True)``. Its last output is compared before anything is
+    undone, and the first state in the end.
+
+    A second backward through the same run (``retain_graph=True``) runs forward once more.
+
+    Args:
+        amplitude: the largest absolute value of a clean sample that the run is to hold, noise
+            aside; there is room for some four times as much.
+
+    Raises:
+        ValueError: before any model call, for a solver whose steps cannot be undone, or levels and
+            churn that contract more than 64 bits hold.
+        OverflowError: in the run, where a state leaves the range of the integers or is NaN.
+        ReplayError: in backward, where the denoiser returns other bits.
+    """
+
+    amplitude: float = 16.0
+
+    def __post_init__(self) -> None:
+        if not _checks.finite("Reversible: amplitude", self.amplitude) > 0:
+            _checks.fail("Reversible: amplitude", "be positive", self.amplitude)
+
+    def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        scheme = Leapfrog.of(trajectory.program)
+        if scheme is None:
+            _checks.fail(
+                "memory",
+                "fit the run",
+                "'reversible' with steps that cannot be undone",
+                "take solver='midpoint_reversible', without final_denoise at level 0, or "
+                "memory='checkpoint'",
+            )
+        reach = z0.detach().abs().max().item() if z0.numel() else 0.0
+        reach = max(reach, 8.0) if reach < torch.inf else 8.0
+        pair = Pair(trajectory, scheme, scheme.format(trajectory.program, self.amplitude, reach))
+        if not torch.is_grad_enabled():
+            return pair.forward(z0, trajectory, _plain(trajectory))
+        adjoint = _Reversing(trajectory, pair, z0)
+        return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
+
+
+def _plain(trajectory: Trajectory) -> Evaluate:
+    """Evaluates the model for a run that is not differentiated."""
+    numbers: list[float] = trajectory.program.coefficients.tolist()
+    cond = trajectory.cond.filled(trajectory.cond.tensors)
+
+    def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
+        scaled, level = trajectory.model_input(evaluation, x, scaled, numbers)
+        return trajectory.call(evaluation, scaled, level, cond)
+
+    return evaluate
+
+
+class Pair:
+    """The last two states of a run in integers, which go forward and back."""
+
+    def __init__(self, trajectory: Trajectory, scheme: Leapfrog, unit: FixedPoint) -> None:
+        self._trajectory = trajectory
+        self._leaps, self._rest = scheme.leaps, scheme.rest
+        self._evaluations = trajectory.program.evaluations
+        self._numbers: list[float] = trajectory.program.coefficients.tolist()
+        self._unit = unit
+        self._older = self._newer = self._overflow = torch.empty(0)
+        self._newest = -1  # the position of the newer state
+
+    def forward(self, z0: Tensor, trajectory: Trajectory, evaluate: Evaluate) -> Tensor:
+        """Runs from the start, seen by the observer of ``trajectory``; returns the output."""
+        self._older = torch.zeros_like(z0, dtype=self._unit.dtype)
+        self._newer, self._newest = torch.zeros_like(self._older), -1
+        self._overflow = torch.zeros(1, dtype=torch.int32, device=z0.device)
+        slots = {Z0: z0}
+        for evaluation in self._evaluations:
+            x, scaled = self._advance(slots, z0)
+            trajectory.observer.evaluating(evaluation)
+            outputs = evaluate(evaluation, x, scaled)
+            trajectory.observer.evaluated(evaluation, x, outputs)
+            slots = {evaluation.state: x, **dict(zip(evaluation.writes, outputs, strict=True))}
+            del x, scaled, outputs
+        if self._rest is None:
+            output, _ = self._advance(slots, z0)
+        else:
+            terms, injections = self._rest.terms, self._rest.injections
+            output = self._trajectory.combine(terms, slots, self._numbers, injections, z0)
+        trajectory.observer.finished()
+        if self._overflow.item():
+            self._refuse()
+        return output
+
+    def state(self, j: int) -> tuple[Tensor, Tensor | None]:
+        """The state of evaluation ``j``, one of the two that are there, and the model's input."""
+        integers = self._newer if j == self._newest else self._older
+        scale, model_scale, model_dtype = self._scales(j)
+        return fixed_point(integers, scale, self._trajectory.state_dtype, model_scale, model_dtype)
+
+    def undo(self, j: int, slots: dict[Slot, Tensor], z0: Tensor) -> None:
+        """Takes back what followed from evaluation ``j``, given its state and outputs."""
+        if self._newest == j + 1:
+            if self._leaps[j + 1].carries:
+                self._leap(j + 1, self._newer, slots, z0, sign=-1)
+            self._older, self._newer, self._newest = self._newer, self._older, j
+
+    def returned(self, z0: Tensor) -> bool:
+        """Whether the first state is again what it was."""
+        start = torch.zeros_like(self._newer)
+        self._leap(0, start, {Z0: z0}, z0, sign=1)
+        return torch.equal(self._newer, start)
+
+    def _advance(self, slots: dict[Slot, Tensor], z0: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next state, in the place of the state before the last, and the model's input."""
+        x, scaled = self._leap(self._newest + 1, self._older, slots, z0, sign=1)
+        assert x is not None
+        self._older, self._newer = self._newer, self._older
+        self._newest += 1
+        return x, scaled
+
+    def _leap(
+        self, j: int, carried: Tensor, slots: dict[Slot, Tensor], z0: Tensor, sign: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Adds what state ``j`` adds to that before the last to ``carried``, or takes it away."""
+        leap, trajectory = self._leaps[j], self._trajectory
+        units = 2.0**self._unit.bits / leap.scale
+        tensors = [slots[slot] for slot, _ in leap.terms]
+        factors = [units * self._numbers[c] for _, c in leap.terms]
+        injections = leap.stage.injections
+        amounts = [units * self._numbers[injection.coefficient] for injection in injections]
+        scale, model_scale, model_dtype = self._scales(j)
+        return trajectory.backend.leap(
+            carried,
+            *trajectory.operands(tensors, factors, injections, amounts, z0),
+            sign=sign,
+            scale=scale,
+            overflow=self._overflow,
+            out_dtype=trajectory.state_dtype,
+            wants_state=sign > 0,
+            model_scale=model_scale,
+            model_dtype=model_dtype,
+        )
+
+    def _scales(self, j: int) -> tuple[float, float | None, torch.dtype]:
+        """What state ``j`` is of the integers, and the model's input of it where that differs."""
+        state_dtype, model_dtype = self._trajectory.state_dtype, self._trajectory.model_dtype
+        scale, c_in = self._leaps[j].scale * 2.0**-self._unit.bits, None
+        if j < len(self._evaluations) and state_dtype in (torch.float32, torch.float64):
+            c_in = self._numbers[self._evaluations[j].c_in]
+            if c_in == 1.0 and model_dtype == state_dtype:
+                c_in = None
+        return scale, c_in, model_dtype
+
+    def _refuse(self) -> NoReturn:
+        bits = 8 * self._older.element_size()
+        raise OverflowError(
+            f"memory=Reversible: the states must be finite and fit {bits} bits, "
+            f"{self._unit.bits} of them below one, got one that does not; raise its amplitude, "
+            "check the denoiser, or take memory='checkpoint'"
+        )
+
+
+class _Reversing(Adjoint):
+    """A run without states, whose backward undoes it."""
+
+    def __init__(self, trajectory: Trajectory, pair: Pair, z0: Tensor) -> None:
+        self._pair = pair
+        self._evaluations = trajectory.program.evaluations
+        self._silent = trajectory.unobserved()
+        self._digest = torch.empty(0)  # of the last evaluation's outputs
+        self._there = True  # whether the pair is at the end of the run
+        super().__init__(trajectory, Resident(), z0)  # which stays empty
+
+    def _run(self) -> Tensor:
+        def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
+            outputs = self._first(evaluation, x, scaled).outputs
+            if evaluation is self._evaluations[-1]:
+                self._digest = _digest(outputs)
+            return [output.detach() for output in outputs]
+
+        return self._pair.forward(self._z0, self._trajectory, evaluate)
+
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        with torch.no_grad():
+            if not self._there:
+                self._pair.forward(self._z0, self._silent, self._replay)
+            self._there = False
+            gradients = super().backward(lam, kept, wants_z0)
+            if not self._pair.returned(self._z0):
+                _differs("some step")
+        return gradients
+
+    def _replay(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
+        """The outputs of an evaluation on the way to the end."""
+        with self._circumstances[evaluation].restored():
+            outputs = self._repeated(evaluation, x, scaled).outputs
+        return [output.detach() for output in outputs]
+
+    def _again(self, evaluation: Evaluation) -> Call:
+        """Calls the model once more, and undoes what followed from its outputs."""
+        j = self._index[evaluation]
+        x, scaled = self._pair.state(j)
+        with self._circumstances[evaluation].restored():
+            call = self._repeated(evaluation, x, scaled)
+        if evaluation is self._evaluations[-1] and bool(_digest(call.outputs) != self._digest):
+            _differs(f"step {evaluation.step}")
+        outputs = [output.detach() for output in call.outputs]
+        slots = {evaluation.state: x, **dict(zip(evaluation.writes, outputs, strict=True))}
+        self._pair.undo(j, slots, self._z0)
+        return call
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(outputs: Sequence[Tensor]) -> Tensor:
+    """One int64 that another output would hardly have as well, bit for bit."""
+    total = torch.zeros((), dtype=torch.int64, device=outputs[0].device)
+    for output in outputs:
+        bits = output.detach().view(_INTEGERS[output.element_size()]).to(torch.int64)
+        total = 31 * total + (bits * (bits + 0x5851F42D4C957F2D)).sum()
+    return total
+
+
+def _differs(where: str) -> NoReturn:
+    raise ReplayError(
+        "memory='reversible' needs a denoiser that returns the same bits when it is called again, "
+        f"got others at {where}; try torch.use_deterministic_algorithms(True), or take "
+        "memory='checkpoint'"
+    )
