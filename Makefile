@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The folder kernels/ must not hide an installed package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench bench-cpu sanitize dist test-gpu bench-gpu clean
+.PHONY: demo test lint bench bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
@@ -25,6 +25,9 @@ bench: $(VENV)/.tested
 
 bench-cpu: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/step_cpu.py
+
+bench-memory: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/memory.py
 
 # Without isolation: the extension is built against the torch of this environment.
 dist: $(VENV)/.installed

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import memory
 import rows
 import timing
 import torch
@@ -209,28 +210,6 @@ def crossover(table: Rows, sizes: list[int], rounds: int) -> None:
         print(f"crossover {size:>10} elements: triton {ratio:6.2f} times as fast", flush=True)
 
 
-def memory(table: Rows, counts: list[int]) -> None:
-    """Peak of the allocator against the number of steps, by memory strategy."""
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(4, 64, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(64, 4, 3, padding=1)
-    ).to(DEVICE)
-    size = 256 if DEVICE == "cuda" else 8
-    for steps in counts:
-        for strategy in ("store", "checkpoint"):
-            z0 = torch.randn(1, 4, size, size, device=DEVICE, requires_grad=True)
-            if DEVICE == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-            x = gs.sample(lambda x, s: network(x), z0, gs.schedules.karras(steps), memory=strategy)
-            torch.autograd.grad(x.square().mean(), z0)
-            peak = torch.cuda.max_memory_allocated() - before if DEVICE == "cuda" else 0
-            shape = f"1x4x{size}x{size} N={steps}"
-            table.append(
-                rows.row("memory", strategy, shape, "float32", "peak", "B", (float(peak),) * 3)
-            )
-            print(f"memory {strategy:12} N={steps:5}: {peak / 2**20:10.1f} MiB", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, writes nothing")
@@ -249,7 +228,10 @@ def main() -> None:
             adjoint(table, size, dtype, rounds)
     launch(table)
     crossover(table, [64, 256] if small else [2**k for k in range(10, 25, 2)], rounds)
-    memory(table, [2, 4] if small else [16, 64, 256])
+    counts = (2, 4) if small else memory.STEPS
+    memory.memory(table, 8 if small else 256, counts, memory.one)
+    memory.times(table, 8 if small else 1024, 3 if small else 64, 1 if small else 5)
+    memory.long_run(table, 16 if small else 2048, 4 if small else 1024)
     if small:
         print("rehearsed: every part ran, and no time above means anything")
     else:

@@ -35,6 +35,13 @@ def test_gpu_benchmark_rehearses_every_part():
     assert done.stdout.splitlines()[-1].startswith("rehearsed")
 
 
+def test_memory_benchmark_rehearses_every_part():
+    done = run("benchmarks/memory.py", "--rehearse")
+    assert done.returncode == 0, done.stderr
+    for part in ("memory N=    2 reversible", "time over store", "long run directional"):
+        assert part in done.stdout
+
+
 def test_main_job_benchmark_rehearses():
     done = run("benchmarks/main_job.py", "--rehearse")
     assert done.returncode == 0, done.stderr
