@@ -256,7 +256,7 @@ class Adjoint:
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
         leaves = list(self._leaves.values())
-        with replay.without_hooks(leaves), replay.undrawn(self._generators):
+        with replay.without_hooks(leaves), replay.undrawn(x.device, self._generators):
             g, *rest = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [scaled, *levels, *(inner[k] for k in wanted)],

@@ -52,6 +52,10 @@ class RandomState:
         for i, state in enumerate(devices):
             self._module.set_rng_state(state, i)  # type: ignore[union-attr]
 
+    def same(self, other: "RandomState") -> bool:
+        """Whether both are the same state of the same generators."""
+        return all(map(torch.equal, self.tensors, other.tensors))
+
 
 class Circumstances:
     """The random state and the autocast setting at the time of its creation."""
@@ -88,8 +92,7 @@ class Circumstances:
 
 def _shared(new: RandomState, old: RandomState) -> RandomState:
     """The old object where nothing was drawn: a network without dropout costs one copy a run."""
-    pairs = zip(new.tensors, old.tensors, strict=True)
-    return old if all(torch.equal(a, b) for a, b in pairs) else new
+    return old if new.same(old) else new
 
 
 class ReplayError(RuntimeError):
@@ -137,15 +140,15 @@ def _sketched(output: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def undrawn(generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Raises ReplayError where one of the generators is drawn from in a with statement."""
-    before = [generator.get_state() for generator in generators]
+def undrawn(device: torch.device, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Raises ReplayError where a generator is drawn from in a with statement."""
+    before = RandomState(device, generators=generators)
     yield
-    if not all(map(torch.equal, before, (generator.get_state() for generator in generators))):
+    if not before.same(RandomState(device, generators=generators)):
         raise ReplayError(
-            "the backward of a model call must draw nothing, got a torch.Generator that moved; an "
-            "activation checkpoint inside the denoiser draws other noise the second time: draw "
-            "before it, and pass the noise in"
+            "the backward of a model call must draw nothing, got a generator that moved; does an "
+            "activation checkpoint inside the denoiser draw anew? preserve_rng_state=True replays "
+            "torch's default generators; draw from others before it, and pass the noise in"
         )
 
 
