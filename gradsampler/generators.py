@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The random generators that a denoiser holds.
 
-Watching each torch function for a ``generator=`` would find them all, but costs a microsecond a
-function, and a network that was compiled before would be compiled again. So they are looked for in
-what the denoiser is made of, once a run.
+Watching each torch function for a ``generator=`` would find them all, but slows every function
+down, and a network that was compiled before would be compiled again. So they are looked for in what
+the denoiser is made of, once a run.
 """
 
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 _NO_PARTS = (Tensor, torch.device, torch.dtype, ModuleType, str, bytes, int, float, complex)
 _FOREIGN = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+_MEMBERS = (FunctionType, torch.Generator)
 _LONGEST = 1000  # a longer table is data
 _MOST = 100_000  # objects looked at
 
@@ -25,9 +26,9 @@ def reachable(*roots: object) -> list[torch.Generator]:
     """The torch.Generators that can be seen from ``roots``, each once.
 
     Looks into attributes, lists, tuples, sets and dicts, partials, bound methods, the closures,
-    defaults and wrapped forms of functions, and the global names in their code and in that of
-    the methods of classes. Modules' own names, torch's and numpy's inner life and the standard
-    library's are passed over, and so is what only C code can see.
+    defaults and wrapped forms of functions, and what the names in their code and in that of the
+    methods of classes stand for, in their own module and in those that it imports. The inner life
+    of torch, numpy and the standard library is passed over, and so is what only C code can see.
 
     Example:
         >>> import torch
@@ -63,12 +64,15 @@ def _parts(x: object) -> Iterable[object]:
     if isinstance(x, partial):
         return (x.func, x.args, x.keywords)
     if isinstance(x, type):
-        methods = [] if _foreign(x.__module__) else vars(x).values()
-        return (*x.__bases__, *(f for f in methods if isinstance(f, FunctionType)))
+        members = [] if _foreign(x.__module__) else list(vars(x).values())
+        members += [getattr(member, "__func__", None) for member in members]  # static methods
+        return (*x.__bases__, *(m for m in members if isinstance(m, _MEMBERS)))
     if isinstance(x, nn.Module):  # most of its attributes are empty tables of hooks
         parts = vars(x).values()
         return (type(x), *(part for part in parts if not isinstance(part, dict) or part))
-    return () if _foreign(type(x).__module__) else (type(x), *getattr(x, "__dict__", {}).values())
+    if _foreign(type(x).__module__) and not isinstance(x, SimpleNamespace):
+        return ()
+    return (type(x), *getattr(x, "__dict__", {}).values())
 
 
 def _of_function(f: FunctionType) -> Iterator[object]:
@@ -82,8 +86,12 @@ def _of_function(f: FunctionType) -> Iterator[object]:
             yield cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    for name in _names(f.__code__):
-        yield f.__globals__.get(name)
+    names = _names(f.__code__)
+    for name in names:
+        value = f.__globals__.get(name)
+        yield value
+        if isinstance(value, ModuleType) and not _foreign(value.__name__):
+            yield from (vars(value).get(attribute) for attribute in names)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import random
+import types
 from functools import partial
 from itertools import pairwise
 
@@ -94,6 +95,35 @@ class Network(nn.Module):
         return self.layers(x)
 
 
+SHARED = types.SimpleNamespace(generator=GLOBAL)
+OTHER = types.ModuleType("other_module")
+OTHER.generator = GLOBAL
+
+
+def by_namespace(x, sigma):
+    return jittered(x, SHARED.generator)
+
+
+def by_imported_module(x, sigma):
+    return jittered(x, OTHER.generator)
+
+
+class Static:
+    @staticmethod
+    def draw(x):
+        return by_global(x, None)
+
+    def __call__(self, x, sigma):
+        return self.draw(x)
+
+
+class Shared:
+    stream = GLOBAL
+
+    def __call__(self, x, sigma):
+        return jittered(x, self.stream)
+
+
 def by_closure(g):
     return lambda x, sigma: jittered(x, g)
 
@@ -123,6 +153,10 @@ HELD = {
     "global": lambda g: by_global,
     "global in a lambda": lambda g: by_inner_function,
     "global in a method": lambda g: ByMethod(),
+    "global in a static method": lambda g: Static(),
+    "global namespace": lambda g: by_namespace,
+    "global of a module": lambda g: by_imported_module,
+    "global of a class": lambda g: Shared(),
     "decorated": lambda g: torch.enable_grad()(by_closure(g)),
     "guided": lambda g: gs.Guided(Network(g), 1.0, {}),
     "wrapped": lambda g: gs.EDM(Network(g), sigma_data=1.0),
