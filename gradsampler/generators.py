@@ -65,7 +65,7 @@ def _parts(x: object) -> Iterable[object]:
         return (x.func, x.args, x.keywords)
     if isinstance(x, type):
         members = [] if _foreign(x.__module__) else list(vars(x).values())
-        members += [getattr(member, "__func__", None) for member in members]  # static methods
+        members += [m.__func__ for m in members if isinstance(m, (staticmethod, classmethod))]
         return (*x.__bases__, *(m for m in members if isinstance(m, _MEMBERS)))
     if isinstance(x, nn.Module):  # most of its attributes are empty tables of hooks
         parts = vars(x).values()
