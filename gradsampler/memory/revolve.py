@@ -92,9 +92,11 @@ class Revolve(Memory):
 
     def place(self, program: Program, device: torch.device) -> Place | None:
         """A new place for the further slots; None where it is that of the others."""
-        if self.to != "cpu":
-            return Folder(Path(self.to), "Revolve", self.further * _width(program))
-        return None if device.type == "cpu" else Pinned(device)
+        if self.further == 0 or (self.to == "cpu" and device.type == "cpu"):
+            return None
+        if self.to == "cpu":
+            return Pinned(device)
+        return Folder(Path(self.to), "Revolve", self.further * _width(program))
 
 
 def _width(program: Program) -> int:
