@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradsampler import replay
+from gradsampler import generators, replay
 from gradsampler.noise import GIVEN, Draw
 from gradsampler.program import (
     Z0,
@@ -98,6 +98,7 @@ class Adjoint:
         self._numbers: list[float] = trajectory.program.coefficients.tolist()
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
+        self._generators = generators.reachable(trajectory.model, trajectory.cond)
         self._circumstances: dict[Evaluation, replay.Circumstances] = {}
         self._sketches: dict[Evaluation, replay.Sketch] = {}
         self._changed: dict[Evaluation, Tensor] = {}
@@ -142,7 +143,7 @@ class Adjoint:
     def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
         """Calls the model for the first time, and finds what else the call depends on."""
         last = next(reversed(self._circumstances.values()), None)
-        self._circumstances[evaluation] = replay.Circumstances(x.device, last)
+        self._circumstances[evaluation] = replay.Circumstances(x.device, last, self._generators)
         since = replay.mark()
         call = self._call(evaluation, x, scaled)
         outputs = call.outputs
@@ -196,8 +197,8 @@ class Adjoint:
         if changed:
             raise replay.ReplayError(
                 f"the denoiser must return the same when it is called again, got another output at "
-                f"step {min(changed)}; does it draw from a generator of its own, or were weights "
-                "or inputs changed since? memory='store' calls it once"
+                f"step {min(changed)}; does it draw from a generator that is not seen in it, as "
+                "numpy's, or were weights or inputs changed since? memory='store' calls it once"
             )
         return gradients
 
@@ -254,7 +255,8 @@ class Adjoint:
         skipped = range(len(self._cond), len(inner) - len(self._leaves))
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
-        with replay.without_hooks(list(self._leaves.values())):
+        leaves = list(self._leaves.values())
+        with replay.without_hooks(leaves), replay.undrawn(x.device, self._generators):
             g, *rest = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [scaled, *levels, *(inner[k] for k in wanted)],

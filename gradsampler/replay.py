@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model call made twice: recorded without keeping its activations, and replayed to be pulled
 back. What the call depends on beside its arguments is captured the first time: the state of
-torch's default random generators and autocast. The grad mode is on both times, so a network that
-looks at it computes the same twice, and a compiled one compiles once.
+torch's default random generators and of those that the denoiser holds, and autocast. The grad mode
+is on both times, so a network that looks at it computes the same twice, and a compiled one compiles
+once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,31 +20,54 @@ class RandomState:
     Args:
         device: one of the kind that counts beside the CPU.
         tensors: states saved earlier; None takes those of this moment.
+        generators: more generators, of any device.
     """
 
-    def __init__(self, device: torch.device, tensors: list[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        tensors: list[Tensor] | None = None,
+        generators: Sequence[torch.Generator] = (),
+    ) -> None:
         self._module = None if device.type == "cpu" else torch.get_device_module(device)
+        self._generators = generators
         self.tensors = self._current() if tensors is None else tensors
 
     def _current(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
+        states = [generator.get_state() for generator in self._generators]
+        states.append(torch.get_rng_state())
         if self._module is not None:
             states += (self._module.get_rng_state(i) for i in range(self._module.device_count()))
         return states
 
     def restore(self) -> None:
         """Puts the generators into this state."""
-        torch.set_rng_state(self.tensors[0])
-        for i, state in enumerate(self.tensors[1:]):
+        own, (cpu, *devices) = (
+            self.tensors[: len(self._generators)],
+            self.tensors[len(self._generators) :],
+        )
+        for generator, state in zip(self._generators, own, strict=True):
+            generator.set_state(state)
+        torch.set_rng_state(cpu)
+        for i, state in enumerate(devices):
             self._module.set_rng_state(state, i)  # type: ignore[union-attr]
+
+    def same(self, other: "RandomState") -> bool:
+        """Whether both are the same state of the same generators."""
+        return all(map(torch.equal, self.tensors, other.tensors))
 
 
 class Circumstances:
     """The random state and the autocast setting at the time of its creation."""
 
-    def __init__(self, device: torch.device, previous: "Circumstances | None" = None) -> None:
-        self._device = device
-        self._random = RandomState(device)
+    def __init__(
+        self,
+        device: torch.device,
+        previous: "Circumstances | None" = None,
+        generators: Sequence[torch.Generator] = (),
+    ) -> None:
+        self._device, self._generators = device, generators
+        self._random = RandomState(device, generators=generators)
         if previous is not None:
             self._random = _shared(self._random, previous._random)
         self._autocast = [
@@ -55,7 +79,7 @@ class Circumstances:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Restores them for the time of a with statement, and afterwards what was before."""
-        before = RandomState(self._device)
+        before = RandomState(self._device, generators=self._generators)
         try:
             self._random.restore()
             with ExitStack() as stack:
@@ -68,8 +92,7 @@ class Circumstances:
 
 def _shared(new: RandomState, old: RandomState) -> RandomState:
     """The old object where nothing was drawn: a network without dropout costs one copy a run."""
-    pairs = zip(new.tensors, old.tensors, strict=True)
-    return old if all(torch.equal(a, b) for a, b in pairs) else new
+    return old if new.same(old) else new
 
 
 class ReplayError(RuntimeError):
@@ -87,26 +110,46 @@ _ROUNDING = {
 
 
 class Sketch:
-    """A few elements of a call's outputs, enough to tell whether a second call gave the same."""
+    """Sums over rows and a few elements of a call's outputs: is a second call's output the same?"""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
-        self._parts = [_thinned(output) for output in outputs]
+        self._parts = [_sketched(output) for output in outputs]
 
     def differs(self, outputs: Sequence[Tensor]) -> Tensor:
         """A 0-d bool: whether ``outputs`` are others, beyond what rounding may do."""
         flags = []
         for part, output in zip(self._parts, outputs, strict=True):
-            error = (_thinned(output) - part).abs().max()
+            pairs = zip(_sketched(output), part, strict=True)
+            error = torch.cat([new - old for new, old in pairs]).abs().max()
             # A NaN compares false: it is what the first call returned as well, or is seen later.
-            flags.append(
-                error > _ROUNDING.get(output.dtype, 2e-2) * part.abs().max().clamp_min(1e-6)
-            )
+            scale = part[0].abs().max().clamp_min(1e-6)
+            flags.append(error > _ROUNDING.get(output.dtype, 2e-2) * scale)
         return torch.stack(flags).any()
 
 
-def _thinned(output: Tensor) -> Tensor:
-    flat = output.detach().flatten()
-    return flat[:: max(1, len(flat) // 64)].to(torch.float32, copy=True)
+_ROW = 4096  # elements
+
+
+def _sketched(output: Tensor) -> tuple[Tensor, Tensor]:
+    """64 elements or a few more; and sums over rows, on the scale of what changes at random."""
+    flat, wide = output.detach().flatten(), torch.promote_types(output.dtype, torch.float32)
+    rows = flat[: len(flat) // _ROW * _ROW].view(-1, _ROW).sum(1, dtype=wide)
+    rest = flat[len(rows) * _ROW :].sum(0, keepdim=True, dtype=wide)
+    some = flat[:: max(1, len(flat) // 64)].to(wide, copy=True)
+    return some, torch.cat([rows, rest]) / _ROW**0.5
+
+
+@contextmanager
+def undrawn(device: torch.device, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Raises ReplayError where a generator is drawn from in a with statement."""
+    before = RandomState(device, generators=generators)
+    yield
+    if not before.same(RandomState(device, generators=generators)):
+        raise ReplayError(
+            "the backward of a model call must draw nothing, got a generator that moved; does an "
+            "activation checkpoint inside the denoiser draw anew? preserve_rng_state=True replays "
+            "torch's default generators; draw from others before it, and pass the noise in"
+        )
 
 
 @contextmanager

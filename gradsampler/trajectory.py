@@ -179,8 +179,11 @@ class Trajectory:
         if scaled is None:
             scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
         dtype = self.model.level_dtype or torch.promote_types(self.model_dtype, torch.float32)
-        level = torch.as_tensor(c_noise, dtype=dtype, device=x.device).expand(len(x))
-        return scaled.to(self.model_dtype), level
+        if isinstance(c_noise, float):  # filled on the device: a copy to it would stall the host
+            level = torch.full((), c_noise, dtype=dtype, device=x.device)
+        else:
+            level = c_noise.to(x.device, dtype)
+        return scaled.to(self.model_dtype), level.expand(len(x))
 
     def call(
         self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]

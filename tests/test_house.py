@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "_checks": "",
     "_version": "",
     "replay": "",
+    "generators": "",
     "philox": "",
     "schedules": "",
     "parameterization": "",
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "flow": "ops philox",
     "observer": "program",
     "trajectory": "backends conditioning noise observer parameterization program",
-    "adjoint": "noise program replay trajectory",
+    "adjoint": "generators noise program replay trajectory",
     "memory.*": "_ops adjoint program reference replay trajectory memory.*",
     "sample": "*",
     "iteration": "*",
@@ -64,7 +65,7 @@ MAY_IMPORT = {
 }
 NOT_BY_STAR = {"optimize", "journal", "demo", "cli", "picture", "models", "gradient_flow"}
 NOT_BY_STAR |= {"integrations", "kernels", "_ops"}
-NO_CHECKS = {"_checks", "_version", "replay", "models.*", "kernels.*", "__main__"}
+NO_CHECKS = {"_checks", "_version", "replay", "generators", "models.*", "kernels.*", "__main__"}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
 THIRD_PARTY = {

@@ -32,19 +32,20 @@ from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 
 import gradsampler as gs
-from gradsampler.memory import Offload, Revolve, Truncated, files
-from gradsampler.memory.host import Host
+from gradsampler.memory import Offload, Revolve, Truncated, files, revolve
+from gradsampler.memory.host import Host, Pinned
 from gradsampler.parameterization import parameterize
 from gradsampler.program import Z0, Evaluation, Stage
 
 SIGMAS = gs.schedules.karras(5, sigma_min=0.05, sigma_max=9.0)
 FOLDER = "folder"
-EXACT = (FOLDER, "offload", "revolve:1", "revolve:3", "revolve:100")
+TWO_LEVELS = "two levels"
+EXACT = (FOLDER, "offload", "revolve:1", "revolve:3", "revolve:100", "revolve:1+2", TWO_LEVELS)
 exact = pytest.mark.parametrize("memory", EXACT)
 
 
 def strategy(memory, folder):
-    return Offload(folder) if memory == FOLDER else memory
+    return {FOLDER: Offload(folder), TWO_LEVELS: Revolve(1, 2, folder)}.get(memory, memory)
 
 
 # Agreement with plain autograd.
@@ -160,21 +161,6 @@ def test_autocast(memory, tmp_path):
         return gradients(x, [z0])[0]  # outside
 
     assert torch.equal(run(strategy(memory, tmp_path)), run("checkpoint"))
-
-
-@exact
-def test_a_generator_of_the_denoiser_s_own_is_an_error(memory, tmp_path):
-    z0, generator = leaf(normal(4, 6)), torch.Generator().manual_seed(0)
-
-    def denoiser(x, sigma):
-        return torch.tanh(x + torch.randn(x.shape, generator=generator, dtype=x.dtype))
-
-    x = gs.sample(denoiser, z0, SIGMAS, memory=strategy(memory, tmp_path))
-    with pytest.raises(gs.ReplayError, match="step"):
-        x.sum().backward()
-    assert z0.grad is None
-    del x
-    assert not os.listdir(tmp_path)
 
 
 @exact
@@ -310,6 +296,198 @@ def test_revolve_keeps_no_more_states_than_slots(slots):
         assert Distinct.count(denoiser.activations) == 0
 
 
+# Revolve on two levels.
+
+
+@pytest.mark.parametrize(("n", "slots", "further"), [(50, 3, 7), (50, 9, 1), (20, 1, 4), (5, 2, 9)])
+@pytest.mark.parametrize("where", ["cpu", FOLDER])
+def test_further_slots_count_as_slots_do(n, slots, further, where, tmp_path):
+    memory = Revolve(slots, further, "cpu" if where == "cpu" else tmp_path)
+    _, total, again = counted(n, memory)
+    assert total == least(n, slots + further)
+    assert again == 2 * total
+    assert not os.listdir(tmp_path)
+
+
+class Elsewhere:
+    """A place that copies at once, so that what is alive is what the device holds."""
+
+    def __init__(self, device):
+        self.puts, self.kept, self.most, self.settled = 0, 0, 0, 0
+
+    def put(self, x):
+        self.puts, self.kept = self.puts + 1, self.kept + 1
+        self.most = max(self.most, self.kept)
+        return Copied(self, x.tolist(), x.dtype)
+
+    def settle(self):
+        self.settled += 1
+
+    def close(self):
+        pass
+
+
+class Copied:
+    def __init__(self, place, values, dtype):
+        self.place, self.values, self.dtype = place, values, dtype
+
+    def fetch(self):
+        pass
+
+    def get(self):
+        return torch.tensor(self.values, dtype=self.dtype)
+
+    def drop(self):
+        self.place.kept -= 1
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize(("slots", "further"), [(1, 4), (3, 4), (4, 1)])
+def test_the_device_holds_its_slots_alone(slots, further, solver, monkeypatch):
+    places = []
+
+    def place(self, program, device):
+        places.append(Elsewhere(device))
+        return places[-1]
+
+    monkeypatch.setattr(Revolve, "place", place)
+    denoiser, z0 = Distinct(), leaf(normal(2, 3))
+    sigmas = gs.schedules.karras(30)
+    expected = gs.sample(denoiser, z0, sigmas, solver=solver, memory="store")
+    (wanted,) = gradients(expected, [z0])
+    denoiser.states.clear(), denoiser.activations.clear(), denoiser.alive.clear()
+    with no_collector():
+        x = gs.sample(denoiser, z0, sigmas, solver=solver, memory=Revolve(slots, further))
+        # Beside the snapshots the last call, whose activations are kept, and its history.
+        assert Distinct.count(denoiser.states) <= slots + 1 + (solver == "dpmpp_2m")
+        (got,) = gradients(x, [z0])
+        assert max(states for _, states in denoiser.alive) <= slots + (solver == "dpmpp_2m")
+        assert Distinct.count(denoiser.states) == 0
+    assert_close(got, wanted)
+    (place,) = places
+    assert place.settled == 1
+    assert place.kept == 0
+    # A snapshot of dpmpp_2m has the prediction before as well, except at the first call.
+    assert place.most in ({2 * further, 2 * further - 1} if solver == "dpmpp_2m" else {further})
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_how_many_tensors_a_snapshot_holds(solver):
+    # What the message of a full disk multiplies by; here from the tensors that are alive.
+    program = gs.solvers.resolve(solver).program(
+        gs.schedules.karras(12), parameterize(Net(), "x0"), churn=None, final_denoise=False
+    )
+    alive, most = set(), 0
+    for k, instruction in enumerate(program.instructions):
+        later = {slot for i in program.instructions[k:] for slot in i.reads()} | {program.output}
+        if isinstance(instruction, Evaluation):
+            most = max(most, len((alive & later) - {Z0}))
+            alive |= set(instruction.writes)
+        else:
+            alive.add(instruction.writes)
+    assert revolve._width(program) == most
+
+
+def two_levels(folder, denoiser=None, steps=12, **options):
+    z0 = leaf(normal(2, 3))
+    z0.grad = torch.ones_like(z0)
+    memory, sigmas = Revolve(1, 3, folder), gs.schedules.karras(steps)
+    return z0, gs.sample(denoiser or Net(), z0, sigmas, memory=memory, **options)
+
+
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_a_damaged_snapshot_is_an_error(how, tmp_path):
+    z0, x = two_levels(tmp_path)
+    (path,) = tmp_path.glob("*/2.state")
+    path.unlink() if how == "gone" else damage(path, how)
+    with pytest.raises(OSError, match=r"Revolve: .*2\.state must hold the tensor that was written"):
+        x.sum().backward()
+    assert torch.equal(z0.grad, torch.ones_like(z0))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_a_full_disk_under_snapshots(after, tmp_path, monkeypatch):
+    # 3 files are written on the way forward, the others on the way back.
+    real, written = files._write, []
+
+    def write(path, x):
+        if len(written) == after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        return real(path, x)
+
+    monkeypatch.setattr(files, "_write", write)
+    if after < 3:
+        with pytest.raises(OSError, match="No space left") as error:
+            two_levels(tmp_path)
+    else:
+        z0, x = two_levels(tmp_path)
+        with pytest.raises(OSError, match="No space left") as error:
+            x.sum().backward()
+        assert torch.equal(z0.grad, torch.ones_like(z0))
+    assert error.value.errno == errno.ENOSPC
+    assert str(tmp_path) in str(error.value)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("call", [1, 6, 12, 14, 20])
+def test_a_call_that_fails_leaves_no_snapshots(call, tmp_path):
+    calls, denoiser = [], Distinct()
+
+    def failing(x, sigma):
+        calls.append(sigma)
+        if len(calls) == call:
+            raise KeyError("no")
+        return denoiser(x, sigma)
+
+    with pytest.raises(KeyError):
+        two_levels(tmp_path, failing)[1].sum().backward()
+    gc.collect()
+    assert not os.listdir(tmp_path)
+    assert Distinct.count(denoiser.states) == 0
+
+
+def test_snapshots_are_guarded_while_they_are_written(tmp_path):
+    kept = []
+
+    def denoiser(x, sigma):
+        with torch.no_grad():
+            for output in kept[-1:]:
+                output.mul_(2)  # as one that returns the same buffer each time
+        kept.append(torch.tanh(x))
+        return kept[-1]
+
+    with pytest.raises(RuntimeError, match=r"memory=Revolve: .* must stay as they are"):
+        two_levels(tmp_path, denoiser, solver="dpmpp_2m")
+    gc.collect()
+    assert not os.listdir(tmp_path)
+
+
+def test_the_order_of_copies_of_snapshots(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: clock)
+    place, tensors = Pinned(torch.device("cpu")), [normal(2, 3, seed=k) for k in range(5)]
+    kept = []
+    for x in tensors:
+        clock.run.done += 1  # computes x
+        kept.append(place.put(x))
+        assert place._copies.leaving[-1][0].time[clock.run] == clock.run.done
+        assert clock.run.seen.get(place._copies.stream, 0) == max(len(kept) - 2, 0)
+    place.settle()
+    assert clock.run.seen[place._copies.stream] == 5
+    kept[3].fetch()
+    kept[3].fetch()  # once is enough
+    assert clock.run.seen[place._copies.stream] == 5  # the model may go on
+    for k in (3, 3, 0):
+        assert torch.equal(kept[k].get(), tensors[k])
+        assert clock.run.seen[place._copies.stream] == place._copies.stream.done
+    assert place._copies.stream.done == 5 + 3
+    kept[1].fetch()
+    place.close()  # what was fetched may go now
+    assert clock.run.seen[place._copies.stream] == 9
+
+
 @exact
 def test_all_goes_with_the_output(memory, tmp_path):
     denoiser, z0 = Watched(), leaf(normal(2, 3))
@@ -394,32 +572,32 @@ def test_the_order_of_copies_and_work(monkeypatch):
         x = normal(2, 3, seed=k)
         clock.run.done += 1  # computes x
         host.save(k, x)
-        event = host._leaving[-1][0]
+        stream, event = host._copies.stream, host._copies.leaving[-1][0]
         assert event.time[clock.run] == clock.run.done  # the copy is behind
-        copied.append((weakref.ref(x), event.time[host._stream]))
+        copied.append((weakref.ref(x), event.time[stream]))
         del x
         alive = [reference() is not None for reference, _ in copied]
         assert sum(alive) <= 2
         for there, (_, time_) in zip(alive, copied, strict=True):
-            assert there or clock.run.seen[host._stream] >= time_
+            assert there or clock.run.seen[stream] >= time_
     kept = host.release()
-    assert clock.run.seen[host._stream] == 6
+    assert clock.run.seen[stream] == 6
     assert not any(reference() is not None for reference, _ in copied)
     host.adopt(kept)
     for k in reversed(range(6)):
-        before = host._stream.done
+        before = stream.done
         x = host.load(k)
         assert torch.equal(x, normal(2, 3, seed=k))
-        assert clock.run.seen[host._stream] == 6 + 6 - k  # up to its copy, no further
-        assert host._stream.done == before + (2 if k == 5 else 1 if k else 0)
+        assert clock.run.seen[stream] == 6 + 6 - k  # up to its copy, no further
+        assert stream.done == before + (2 if k == 5 else 1 if k else 0)
         if k:
             assert host._coming[k - 1][0].time[clock.run] == clock.run.done
         clock.run.done += 1  # the model's backward
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("memory", ["cpu", FOLDER])
-def test_offload_from_a_gpu(memory, tmp_path):
+@pytest.mark.parametrize("memory", ["offload", FOLDER, "revolve:3+4", TWO_LEVELS])
+def test_states_away_from_a_gpu(memory, tmp_path):
     z0 = leaf(normal(8, 64, 256, dtype=torch.float32).cuda())
     weight = leaf(normal(256, 256, dtype=torch.float32).cuda() / 16)
 
@@ -431,7 +609,7 @@ def test_offload_from_a_gpu(memory, tmp_path):
 
     wanted = run("checkpoint")
     for _ in range(3):
-        for g, w in zip(run(Offload("cpu" if memory == "cpu" else tmp_path)), wanted, strict=True):
+        for g, w in zip(run(strategy(memory, tmp_path)), wanted, strict=True):
             assert torch.equal(g, w)
 
 
@@ -487,7 +665,7 @@ def test_a_damaged_file_is_an_error(how, tmp_path):
         path.unlink()
     else:
         damage(path, how)
-    with pytest.raises(OSError, match=r"2\.state must hold the state that was written"):
+    with pytest.raises(OSError, match=r"2\.state must hold the tensor that was written"):
         x.sum().backward()
     assert torch.equal(z0.grad, torch.ones_like(z0))
     del x
@@ -793,7 +971,8 @@ def test_a_run_as_the_denoiser_of_a_run(inner):
 def test_names_with_numbers():
     assert gs.memory.resolve("offload") == Offload("cpu")
     assert gs.memory.resolve("revolve") == Revolve(8)
-    assert gs.memory.resolve("revolve:3") == Revolve(3)
+    assert gs.memory.resolve("revolve:3") == Revolve(3) == Revolve(3, further=0)
+    assert gs.memory.resolve("revolve:3+20") == Revolve(3, further=20, to="cpu")
     assert gs.memory.resolve("truncated:4") == Truncated(4)
 
 
@@ -802,7 +981,10 @@ def test_names_with_numbers():
     [
         (lambda: gs.memory.resolve("truncated"), "did you mean 'truncated:4'"),
         (lambda: gs.memory.resolve("revolve:many"), "did you mean 'revolve:8'"),
+        (lambda: gs.memory.resolve("revolve:8+"), "did you mean 'revolve:8'"),
         (lambda: gs.memory.resolve("revolve:0"), "Revolve: slots must be at least 1, got 0"),
+        (lambda: Revolve(2, -1), "Revolve: further must be at least 0, got -1"),
+        (lambda: Revolve(2, 3, "/no/such/folder"), "Revolve: to must .*, got '/no/such/folder'"),
         (lambda: gs.memory.resolve("store:3"), "memory must be one of auto"),
         (lambda: Truncated(0), "Truncated: steps must be at least 1, got 0"),
         (lambda: Truncated(2, "chekpoint"), "did you mean 'checkpoint'"),

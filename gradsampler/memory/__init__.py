@@ -4,6 +4,7 @@
 from gradsampler.memory import named
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
+from gradsampler.memory.frozen import freeze
 from gradsampler.memory.named import names
 from gradsampler.memory.offload import Offload
 from gradsampler.memory.reversible import Reversible
@@ -19,6 +20,7 @@ __all__ = [
     "Revolve",
     "Store",
     "Truncated",
+    "freeze",
     "names",
     "resolve",
 ]

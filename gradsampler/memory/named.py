@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact strategies by name."""
 
+import re
 from collections.abc import Sequence
 
 from gradsampler import _checks
@@ -24,7 +25,8 @@ _REGISTRY: dict[str, type[Memory]] = {
 def names() -> list[str]:
     """The names that ``memory=`` takes as they stand; all of these give the exact gradient.
 
-    With a number there are "revolve:8" for ``Revolve(8)`` and "truncated:4" for ``Truncated(4)``.
+    With a number there are "revolve:8" for ``Revolve(8)``, "revolve:8+32" for ``Revolve(8, 32)``,
+    and "truncated:4" for ``Truncated(4)``.
     """
     return sorted(_REGISTRY)
 
@@ -33,9 +35,9 @@ def exact(argument: str, memory: str | Memory, others: Sequence[str] = ()) -> Me
     """The strategy for a name or an object; ``others`` are known to the caller."""
     if isinstance(memory, Memory):
         return memory
-    slots = number(memory, "revolve")
+    slots = re.fullmatch(r"revolve:(\d+)(?:\+(\d+))?", memory) if isinstance(memory, str) else None
     if slots is not None:
-        return Revolve(slots)
+        return Revolve(int(slots[1]), int(slots[2] or 0))
     return _REGISTRY[_checks.choice(argument, memory, [*names(), "revolve:8", *others])]()
 
 

@@ -40,10 +40,7 @@ class Offload(Memory):
     to: str | os.PathLike[str] = "cpu"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.to, (str, os.PathLike)):
-            _checks.fail_type("Offload: to", 'be "cpu" or a folder', self.to)
-        if self.to != "cpu" and not Path(self.to).is_dir():
-            _checks.fail("Offload: to", 'be "cpu" or an existing folder', repr(str(self.to)))
+        check_target("Offload: to", self.to)
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -58,3 +55,11 @@ class Offload(Memory):
             states = Host(count)
         adjoint = Adjoint(trajectory, states, z0)
         return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
+
+
+def check_target(argument: str, to: object) -> None:
+    """Raises where ``to`` is neither "cpu" nor a folder."""
+    if not isinstance(to, (str, os.PathLike)):
+        _checks.fail_type(argument, 'be "cpu" or a folder', to)
+    if to != "cpu" and not Path(to).is_dir():
+        _checks.fail(argument, 'be "cpu" or an existing folder', repr(str(to)))

@@ -5,8 +5,10 @@ The schedule is the optimal one of Griewank and Walther 2000, "Algorithm 799: re
 26(1), from the package checkpoint-schedules. Its step j is evaluation j with the stages after it.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from checkpoint_schedules import (
@@ -17,6 +19,7 @@ from checkpoint_schedules import (
     Move,
     MultistageCheckpointSchedule,
     Reverse,
+    StorageType,
 )
 from torch import Tensor
 
@@ -24,9 +27,13 @@ from gradsampler import _checks
 from gradsampler.adjoint import Adjoint, Call, Connection, Gradients
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
+from gradsampler.memory.files import Folder
+from gradsampler.memory.host import Pinned
+from gradsampler.memory.offload import check_target
+from gradsampler.memory.snapshots import Place, Snapshot
 from gradsampler.memory.store import Store
-from gradsampler.program import Z0, Evaluation, Slot
-from gradsampler.trajectory import Evaluate, Trajectory, version
+from gradsampler.program import Z0, Evaluation, Program, Slot
+from gradsampler.trajectory import Evaluate, Trajectory
 
 
 @dataclass(frozen=True)
@@ -39,27 +46,79 @@ class Revolve(Memory):
     repetition. N model calls in all cost, by slots: N = 20: 53 with 5, 48 with 10; N = 50: 172
     and 138; N = 1000: 4636 with 10. From N - 1 slots on it is 2N - 1.
 
+    With ``further`` slots elsewhere, the number of calls is that of slots + further, and the device
+    holds ``slots`` snapshots, those that are written and read most often; and one more while it is
+    on its way back, which the model's backward hides (Stumm and Walther 2009, "Multistage
+    approaches for optimal offline checkpointing", SIAM J. Sci. Comput. 31(3)).
+
     A second backward through the same run (``retain_graph=True``) runs forward once more.
+
+    Args:
+        slots: on the device, at least 1.
+        further: slots elsewhere.
+        to: where: "cpu" is pinned memory of the host, and for a run on the CPU no other place than
+            that of ``slots``; or an existing folder, whose files are those of `Offload`.
+
+    Raises:
+        OSError: in the run, where the folder does not take the snapshots of the run; in backward,
+            where it does not take others, or where a file is not what was written.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> calls, z0 = [], torch.ones(1, 2, requires_grad=True)
+        >>> def denoiser(x, sigma):
+        ...     calls.append(sigma)
+        ...     return 0.5 * x
+        >>> memory = gs.memory.Revolve(3, further=7)
+        >>> gs.sample(denoiser, z0, gs.schedules.karras(50), memory=memory).sum().backward()
+        >>> len(calls)
+        138
     """
 
     slots: int = 8
+    further: int = 0
+    to: str | os.PathLike[str] = "cpu"
 
     def __post_init__(self) -> None:
         _checks.integer("Revolve: slots", self.slots, 1)
+        _checks.integer("Revolve: further", self.further, 0)
+        check_target("Revolve: to", self.to)
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
-        adjoint = _Revolving(trajectory, self.slots, z0)
+        adjoint = _Revolving(trajectory, self, z0)
         return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
+
+    def place(self, program: Program, device: torch.device) -> Place | None:
+        """A new place for the further slots; None where it is that of the others."""
+        if self.further == 0 or (self.to == "cpu" and device.type == "cpu"):
+            return None
+        if self.to == "cpu":
+            return Pinned(device)
+        return Folder(Path(self.to), "Revolve", self.further * _width(program))
+
+
+def _width(program: Program) -> int:
+    """The most tensors that a snapshot holds beside z0."""
+    alive, most = 0, 0
+    for instruction, dead in zip(program.instructions, program.dead, strict=True):
+        if isinstance(instruction, Evaluation):
+            most = max(most, alive)
+            alive += len(instruction.writes)
+        else:
+            alive += 1
+        alive -= sum(slot.kind in "xd" for slot in dead)
+    return most
 
 
 class _Revolving(Adjoint):
     """A run that follows a schedule, and goes on with it when backward asks for its calls."""
 
-    def __init__(self, trajectory: Trajectory, slots: int, z0: Tensor) -> None:
-        self._slots = slots
-        self._snapshots: dict[int, _Snapshot] = {}  # by evaluation
+    def __init__(self, trajectory: Trajectory, memory: Revolve, z0: Tensor) -> None:
+        self._memory = memory
+        self._place: Place | None = None  # of the further slots
+        self._snapshots: dict[int, Snapshot] = {}  # by evaluation, in increasing order
         self._work: dict[Slot, Tensor] = {}  # what the next evaluation starts from
         self._taped: Call | None = None  # the call that backward asks for next
         instructions = trajectory.program.instructions
@@ -78,6 +137,8 @@ class _Revolving(Adjoint):
             return [output.detach() for output in call.outputs]
 
         self._sweep(self._trajectory, evaluate)
+        if self._place is not None:
+            self._place.settle()
         work, self._work = self._work, {}
         self._trajectory.execute(
             work, self._starts[-2], self._starts[-1], self._z0, self._numbers, evaluate
@@ -89,7 +150,9 @@ class _Revolving(Adjoint):
         """Starts a schedule and follows it to the last evaluation."""
         self._work = {Z0: self._z0, **trajectory.constants}
         trajectory.execute(self._work, 0, self._starts[0], self._z0, self._numbers, evaluate)
-        self._schedule = MultistageCheckpointSchedule(len(self._evaluations), self._slots, 0)
+        memory, count = self._memory, len(self._evaluations)
+        self._place = memory.place(self._trajectory.program, self._z0.device)
+        self._schedule = MultistageCheckpointSchedule(count, memory.slots, memory.further)
         for action in self._schedule:
             if isinstance(action, EndForward):
                 return
@@ -99,7 +162,9 @@ class _Revolving(Adjoint):
     def _advance(self, action: Forward, trajectory: Trajectory, evaluate: Evaluate) -> None:
         """From evaluation n0 to before evaluation n1, with a snapshot at n0 if that is asked."""
         if action.write_ics:
-            self._snapshots[action.n0] = _Snapshot(self._work)
+            place = self._place if action.storage == StorageType.DISK else None
+            given = {Z0, *trajectory.constants}
+            self._snapshots[action.n0] = Snapshot(self._work, given, place)
         start, stop = self._starts[action.n0], self._starts[action.n1]
         trajectory.execute(self._work, start, stop, self._z0, self._numbers, evaluate)
 
@@ -117,7 +182,9 @@ class _Revolving(Adjoint):
                 self._tape(self._evaluations[-1])
             return super().backward(lam, kept, wants_z0)
         finally:
-            self._schedule, self._taped = None, None
+            if self._place is not None:
+                self._place.close()
+            self._schedule, self._taped, self._place = None, None, None
             self._snapshots.clear()
             self._work = {}
 
@@ -134,7 +201,7 @@ class _Revolving(Adjoint):
             if isinstance(action, (Copy, Move)):
                 self._work = self._snapshots[action.n].slots()
                 if isinstance(action, Move):
-                    del self._snapshots[action.n]
+                    self._snapshots.pop(action.n).drop()
             elif isinstance(action, Forward) and action.write_adj_deps:
                 self._tape(evaluation)
             elif isinstance(action, Forward):
@@ -142,24 +209,9 @@ class _Revolving(Adjoint):
                     self._advance(action, self._silent, self._replay)
             elif isinstance(action, Reverse):
                 break
+        following = next(reversed(self._snapshots.values()), None)
+        if following is not None:
+            following.fetch()  # while the model's backward runs
         call, self._taped = self._taped, None
         assert call is not None
         return call
-
-
-class _Snapshot:
-    """The slots that the rest of the run reads, guarded from changes in place."""
-
-    def __init__(self, slots: dict[Slot, Tensor]) -> None:
-        self._slots = dict(slots)
-        self._versions = {slot: version(x) for slot, x in slots.items()}
-
-    def slots(self) -> dict[Slot, Tensor]:
-        """A copy of the table; RuntimeError where a tensor was changed since."""
-        changed = [slot for slot, x in self._slots.items() if version(x) != self._versions[slot]]
-        if changed:
-            raise RuntimeError(
-                "memory=Revolve: the states and outputs of the denoiser must stay as they are "
-                "until backward, got a change in place; return x.clone()"
-            )
-        return dict(self._slots)

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Denoisers that draw: the exact gradient under every strategy, or an error, never a wrong one.
+
+The oracle is a loop in plain torch that keeps the noise it drew.
+"""
+
+import gc
+import itertools
+import os
+import random
+import types
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from test_gradients import leaf, normal
+from test_memory import assert_close, gradients
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradsampler as gs
+from gradsampler.generators import reachable
+from gradsampler.memory import Offload, Revolve, Truncated
+from gradsampler.replay import Sketch
+
+SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
+STRATEGIES = {
+    "store": lambda folder: "store",
+    "checkpoint": lambda folder: "checkpoint",
+    "offload": lambda folder: "offload",
+    "folder": Offload,
+    "revolve": lambda folder: "revolve:2",
+    "two levels": partial(Revolve, 1, 1),
+    "truncated": lambda folder: Truncated(99, "revolve:2"),
+}
+strategies = pytest.mark.parametrize("memory", STRATEGIES)
+replaying = pytest.mark.parametrize("memory", [name for name in STRATEGIES if name != "store"])
+
+
+def euler(denoiser, z0, calls=1):
+    x = SIGMAS[0] * z0
+    for s, t in pairwise(SIGMAS):
+        x = x + (t - s) * (x - denoiser(x, s.expand(len(x)))) / s
+    return x
+
+
+# Generators that the denoiser holds, each somewhere else.
+
+GLOBAL = torch.Generator()
+
+
+def jittered(x, generator):
+    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return torch.tanh(x * (1 + 0.5 * noise))
+
+
+def by_global(x, sigma):
+    return jittered(x, GLOBAL)
+
+
+def by_inner_function(x, sigma):
+    return (lambda: jittered(x, GLOBAL))()
+
+
+class Holder:
+    def __init__(self, generator):
+        self.streams = {"noise": [generator]}
+
+    def denoise(self, x, sigma):
+        return jittered(x, self.streams["noise"][0])
+
+
+class Block(nn.Module):
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x):
+        return jittered(x, self.generator)
+
+
+class ByMethod(nn.Module):
+    def forward(self, x, sigma):
+        return jittered(x, GLOBAL)
+
+
+class Network(nn.Module):
+    def __init__(self, generator):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Identity(), Block(generator))
+
+    def forward(self, x, sigma):
+        return self.layers(x)
+
+
+SHARED = types.SimpleNamespace(generator=GLOBAL)
+OTHER = types.ModuleType("other_module")
+OTHER.generator = GLOBAL
+
+
+def by_namespace(x, sigma):
+    return jittered(x, SHARED.generator)
+
+
+def by_imported_module(x, sigma):
+    return jittered(x, OTHER.generator)
+
+
+class Static:
+    @staticmethod
+    def draw(x):
+        return by_global(x, None)
+
+    def __call__(self, x, sigma):
+        return self.draw(x)
+
+
+class Shared:
+    stream = GLOBAL
+
+    def __call__(self, x, sigma):
+        return jittered(x, self.stream)
+
+
+def by_closure(g):
+    return lambda x, sigma: jittered(x, g)
+
+
+def by_default(g):
+    def denoiser(x, sigma, generator=g):
+        return jittered(x, generator)
+
+    return denoiser
+
+
+def in_place(g):
+    return lambda x, s: torch.tanh(x + torch.empty_like(x).normal_(0, 0.5, generator=g))
+
+
+def masked(g):
+    keep = torch.full((), 0.7, dtype=torch.float64)
+    return lambda x, s: torch.tanh(x * torch.bernoulli(keep.expand_as(x), generator=g))
+
+
+HELD = {
+    "closure": by_closure,
+    "default": by_default,
+    "partial": lambda g: partial(lambda x, s, generator: jittered(x, generator), generator=g),
+    "method": lambda g: Holder(g).denoise,
+    "module": Network,
+    "global": lambda g: by_global,
+    "global in a lambda": lambda g: by_inner_function,
+    "global in a method": lambda g: ByMethod(),
+    "global in a static method": lambda g: Static(),
+    "global namespace": lambda g: by_namespace,
+    "global of a module": lambda g: by_imported_module,
+    "global of a class": lambda g: Shared(),
+    "decorated": lambda g: torch.enable_grad()(by_closure(g)),
+    "guided": lambda g: gs.Guided(Network(g), 1.0, {}),
+    "wrapped": lambda g: gs.EDM(Network(g), sigma_data=1.0),
+    "compiled": lambda g: torch.compile(Network(g), backend="eager"),
+    "normal_": in_place,
+    "bernoulli": masked,
+}
+
+
+@pytest.mark.parametrize("place", HELD)
+def test_a_held_generator_is_found(place):
+    generator = GLOBAL if place.startswith("global") else torch.Generator()
+    assert reachable(HELD[place](generator)) == [generator]
+
+
+def test_each_generator_is_found_once_and_circles_end():
+    first, second = torch.Generator(), torch.Generator()
+    circle = Holder(first)
+    circle.itself, circle.data = [circle], list(range(10**6))
+    found = reachable(circle, {"a": first, "b": (second,)}, None, np.ones(3), torch.ones(3))
+    assert sorted(map(id, found)) == sorted([id(first), id(second)])
+
+
+def drawn(denoiser, generator, memory=None):
+    """The sample and the gradient; the generator must end where the run leaves it."""
+    generator.manual_seed(3)
+    z0 = leaf(normal(3, 4))
+    options = {} if memory is None else {"memory": memory}
+    x = gs.sample(denoiser, z0, SIGMAS, **options) if options else euler(denoiser, z0)
+    after = generator.get_state()
+    torch.rand(3, generator=generator)  # whatever is drawn between the run and its backward
+    before = generator.get_state()
+    (g,) = gradients(x, [z0], retain_graph=True)
+    assert torch.equal(generator.get_state(), before)
+    if options:
+        assert torch.equal(*gradients(x, [z0]), g)
+    return x.detach(), g, after
+
+
+@pytest.mark.parametrize("place", [p for p in HELD if p not in ("guided", "wrapped", "compiled")])
+@strategies
+def test_a_held_generator_is_replayed(place, memory, tmp_path):
+    generator = GLOBAL if place.startswith("global") else torch.Generator()
+    denoiser = HELD[place](generator)
+    got = drawn(denoiser, generator, STRATEGIES[memory](tmp_path))
+    for a, b in zip(got, drawn(denoiser, generator), strict=True):
+        assert_close(a, b)
+
+
+@strategies
+def test_several_generators_and_dropout_at_once(memory, tmp_path):
+    first, second = torch.Generator(), torch.Generator()
+    blocks = nn.ModuleList([Block(first), nn.Dropout(0.3), Block(second), Block(first)])
+
+    def denoiser(x, sigma, generator):
+        for block in blocks:
+            x = block(x)
+        return x + torch.rand(x.shape, generator=generator, dtype=x.dtype)
+
+    def run(sampler):
+        third, z0 = torch.Generator().manual_seed(5), leaf(normal(3, 4))
+        first.manual_seed(1), second.manual_seed(2), torch.manual_seed(3)
+        x = sampler(third, z0)
+        return x.detach(), *gradients(x, [z0])
+
+    def through_cond(generator, z0):
+        options = {"cond": {"generator": generator}, "memory": STRATEGIES[memory](tmp_path)}
+        return gs.sample(denoiser, z0, SIGMAS, **options)
+
+    wanted = run(lambda generator, z0: euler(partial(denoiser, generator=generator), z0))
+    for a, b in zip(run(through_cond), wanted, strict=True):
+        assert_close(a, b)
+
+
+def test_activation_checkpointing_of_a_step_is_wrong_where_a_run_is_right():
+    # What users do today, around each step: torch.utils.checkpoint knows the default generators.
+    generator = torch.Generator()
+    denoiser, z0 = by_closure(generator), leaf(normal(3, 4))
+    _, wanted, _ = drawn(denoiser, generator)
+    generator.manual_seed(3)
+    x = euler(lambda x, s: checkpoint(denoiser, x, s, use_reentrant=False), z0)
+    (wrong,) = gradients(x, [z0])
+    assert (wrong - wanted).norm() > 0.2 * wanted.norm()
+    _, right, _ = drawn(denoiser, generator, "checkpoint")
+    assert_close(right, wanted)
+
+
+@replaying
+def test_a_failing_replay_puts_the_generator_back(memory, tmp_path):
+    generator, z0, calls = torch.Generator().manual_seed(0), leaf(normal(3, 4)), []
+
+    def denoiser(x, sigma):
+        calls.append(sigma)
+        if len(calls) > len(SIGMAS) - 1:
+            torch.rand(3, generator=generator)
+            raise KeyError("out of luck")
+        return jittered(x, generator)
+
+    x = gs.sample(denoiser, z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
+    before = generator.get_state()
+    with pytest.raises(KeyError):
+        x.sum().backward()
+    assert torch.equal(generator.get_state(), before)
+    assert z0.grad is None
+
+
+# Sources that nobody can see or replay.
+
+
+def by_numpy():
+    generator = np.random.default_rng(0)
+    return lambda x, sigma: torch.tanh(x * (1 + torch.from_numpy(generator.random(x.shape))))
+
+
+def by_python():
+    generator = random.Random(0)
+    return lambda x, sigma: torch.tanh(x * (1 + generator.random()))
+
+
+def hidden():
+    repeated = itertools.repeat(torch.Generator().manual_seed(0))
+    return lambda x, sigma: jittered(x, next(repeated))
+
+
+@pytest.mark.parametrize("make", [by_numpy, by_python, hidden])
+@replaying
+def test_what_cannot_be_replayed_is_an_error(make, memory, tmp_path):
+    z0, before = leaf(normal(4, 6)), normal(4, 6)
+    z0.grad = torch.ones_like(z0)
+    x = gs.sample(make(), z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
+    sample = x.detach().clone()
+    with pytest.raises(gs.ReplayError, match="step"):
+        x.sum().backward()
+    assert torch.equal(z0, before)
+    assert torch.equal(z0.grad, torch.ones_like(z0))
+    assert torch.equal(x, sample)
+    del x
+    gc.collect()
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("make", [by_numpy, by_python, hidden])
+def test_store_needs_no_replay(make):
+    z0 = leaf(normal(4, 6))
+    (wanted,) = gradients(euler(make(), z0), [z0])
+    assert_close(*gradients(gs.sample(make(), z0, SIGMAS, memory="store"), [z0]), wanted)
+
+
+@replaying
+def test_a_checkpointed_block_that_draws_from_a_generator_is_an_error(memory, tmp_path):
+    # Its noise is drawn anew in the model's backward, where no strategy has a hand in it.
+    block, z0 = Block(torch.Generator().manual_seed(0)), leaf(normal(4, 6))
+
+    def denoiser(x, sigma):
+        return checkpoint(block, x, use_reentrant=False)
+
+    x = gs.sample(denoiser, z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
+    with pytest.raises(gs.ReplayError, match="must draw nothing"):
+        x.sum().backward()
+    assert z0.grad is None
+
+
+# The comparison of a call with its replay.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 64, 64), (1, 3, 97, 101)], ids=str)
+def test_a_change_in_one_place_is_seen(shape, dtype):
+    output = normal(*shape, dtype=dtype)
+    sketch = Sketch([output, output.mT])
+    assert not sketch.differs([output.clone(), output.mT])
+    side = min(8, *shape[-2:])
+    for corner in (slice(0, side), slice(-side, None)):
+        other = output.clone()
+        other[-1, ..., corner] = normal(*other[-1, ..., corner].shape, seed=5, dtype=dtype)
+        assert sketch.differs([output, other.mT])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rounding_is_not_taken_for_a_change(dtype):
+    output = 3 + normal(2, 4, 64, 64)
+    other = output * (1 + torch.finfo(dtype).eps * normal(2, 4, 64, 64, seed=1).sign())
+    assert not Sketch([output.to(dtype)]).differs([other.to(dtype)])
