@@ -88,6 +88,7 @@ class Trajectory:
                 outputs = evaluate(instruction, x, scaled)
                 slots.update(zip(instruction.writes, outputs, strict=True))
                 self.observer.evaluated(instruction, x, outputs)
+                del x, outputs  # the slots alone keep them, through the next model call
             for slot in dead:
                 del slots[slot]
 

@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "adjoint": "noise program replay trajectory",
     "arguments": "trajectory program observer parameterization noise conditioning backends "
     "solvers.*",
-    "memory.*": "_ops adjoint arguments program replay trajectory memory.*",
+    "memory.*": "_ops adjoint arguments noise parameterization program replay solvers.* trajectory "
+    "memory.*",
     "sample": "*",
     "iteration": "*",
     "optimize": "arguments sample journal observer parameterization replay noise",

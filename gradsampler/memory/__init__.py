@@ -6,6 +6,7 @@ from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.named import names
 from gradsampler.memory.offload import Offload
+from gradsampler.memory.plan import Plan, plan
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
 from gradsampler.memory.truncated import Truncated
@@ -14,10 +15,12 @@ __all__ = [
     "Checkpoint",
     "Memory",
     "Offload",
+    "Plan",
     "Revolve",
     "Store",
     "Truncated",
     "names",
+    "plan",
     "resolve",
 ]
 

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each strategy will take, before the run."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks, arguments
+from gradsampler.arguments import Denoiser
+from gradsampler.memory import capacity, footprint
+from gradsampler.memory.base import Memory
+from gradsampler.memory.capacity import readable
+from gradsampler.memory.checkpoint import Checkpoint
+from gradsampler.memory.footprint import Footprint
+from gradsampler.memory.offload import Offload
+from gradsampler.memory.rehearsal import Cost, Rehearsal
+from gradsampler.memory.revolve import Revolve
+from gradsampler.memory.store import Store
+from gradsampler.noise import NoiseSource
+from gradsampler.parameterization import Parameterization
+from gradsampler.program import Program
+from gradsampler.solvers import Churn, Solver
+
+_TIE = 1.02  # times that are no farther apart count as the same
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy's prediction."""
+
+    name: str  # as `memory=` takes it
+    memory: Memory
+    peak: int  # bytes on the device of z0, beyond what is there before the run
+    host: int  # bytes in the host's memory, for a run on another device
+    evaluations: float  # calls for each evaluation of the run, that one included
+    factor: float  # time of run and backward over that of `Store`
+    fits: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether it gives the gradient of the run."""
+        return self.memory.exact
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The strategies with what they take; printed it is a table, iterated over it is its rows."""
+
+    rows: tuple[Row, ...]
+    budget: int  # bytes
+    predictor: "Predictor"
+
+    @property
+    def footprint(self) -> Footprint:
+        """What one call of the denoiser costs."""
+        return self.predictor.footprint
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def best(self) -> Memory:
+        """The fastest strategy that fits; ValueError with the way out where none does."""
+        row = self._best()
+        if row is None:
+            least = min(self.rows, key=lambda row: row.peak)
+            _checks.fail(
+                "budget",
+                f"hold at least the {readable(least.peak)} of {least.name}",
+                readable(self.budget),
+                _WAY_OUT,
+            )
+        return row.memory
+
+    def _best(self) -> Row | None:
+        fitting = [row for row in self.rows if row.fits]
+        fastest = min((row.factor for row in fitting), default=0.0)
+        return next((row for row in fitting if row.factor <= _TIE * fastest), None)
+
+    def __str__(self) -> str:
+        lines = [("memory", "peak", "host", "evaluations", "time", "exact", "fits")]
+        for row in self.rows:
+            host = readable(row.host) if row.host else "-"
+            exact, fits = ("yes" if flag else "no" for flag in (row.exact, row.fits))
+            counts = (f"{row.evaluations:.2f}", f"{row.factor:.2f}")
+            lines.append((row.name, readable(row.peak), host, *counts, exact, fits))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = [
+            "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+            for cells in lines
+        ]
+        best, call = self._best(), self.footprint
+        chosen = f"nothing exact fits: {_WAY_OUT}" if best is None else f"best: {best.name}"
+        return "\n".join(
+            [
+                *table,
+                f"one call: activations {readable(call.activations)}, state {readable(call.state)}"
+                f", forward {call.forward_seconds:.2g} s, backward {call.backward_seconds:.2g} s",
+                f"budget {readable(self.budget)}; {chosen}",
+            ]
+        )
+
+
+_WAY_OUT = (
+    "take a smaller batch, activation checkpointing within the denoiser, or "
+    "gs.memory.Truncated(steps, inner), which is not the gradient of the run"
+)
+
+
+def plan(
+    denoiser: Parameterization | Denoiser,
+    z0: Tensor,
+    sigmas: Tensor | Sequence[float],
+    *,
+    budget: int | str | None = None,
+    solver: str | Solver = "euler",
+    prediction: str = "x0",
+    noise: NoiseSource | None = None,
+    churn: Churn | None = None,
+    eta: float | None = None,
+    s_noise: float = 1.0,
+    final_denoise: bool = False,
+    cond: Mapping[str, Any] | None = None,
+    state_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Plan:
+    """Predicts what each memory strategy takes for a run and its backward.
+
+    It calls the denoiser once, at the first level, forward and backward, and takes all calls to be
+    like that one. Call it as the run will be called: under autocast, in train mode. Random state,
+    buffers and ``.grad`` stay as they are. Where the first call is slow for once (a kernel search,
+    a compilation), make one before, or the times are off; the bytes are not.
+
+    Args:
+        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise, final_denoise, cond,
+            state_dtype, backend: as for `gradsampler.sample`. A gradient to z0 is planned for.
+        budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
+            the device of z0.
+
+    Returns:
+        A `Plan` with a row for store, checkpoint, offload (on a device other than the CPU), and
+        revolve with the most slots that fit, or one slot. ``gs.sample(..., memory=plan.best)``
+        takes the fastest.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, before any model call.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> z0, levels = torch.zeros(4, 256), gs.schedules.karras(50)
+        >>> plan = gs.memory.plan(lambda x, sigma: x.tanh().cos(), z0, levels, budget="64kB")
+        >>> [row.name for row in plan], [row.evaluations for row in plan]
+        (['store', 'checkpoint', 'revolve:5'], [1.0, 2.0, 3.44])
+        >>> plan.best
+        Revolve(slots=5)
+    """
+    z0 = _checks.batched("z0", z0).detach()
+    room = None if budget is None else capacity.parsed("budget", budget)
+    program, model = arguments.record(
+        denoiser,
+        sigmas,
+        solver=solver,
+        prediction=prediction,
+        churn=churn,
+        eta=eta,
+        s_noise=s_noise,
+        final_denoise=final_denoise,
+    )
+    trajectory = arguments.trajectory(
+        program, model, z0, noise=noise, cond=cond, state_dtype=state_dtype, backend=backend
+    )
+    room = capacity.free(z0.device) if room is None else room
+    call = footprint.measured(trajectory, z0.to(trajectory.state_dtype).requires_grad_())
+    predictor = Predictor(program, call, z0.dtype != trajectory.state_dtype, room)
+    return Plan(tuple(predictor.rows(away=z0.device.type != "cpu")), room, predictor)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Makes rows of rehearsals of one program."""
+
+    program: Program
+    footprint: Footprint
+    converted: bool
+    budget: int
+
+    def rows(self, *, away: bool) -> Iterator[Row]:
+        """A row a strategy, the fastest first; ``away`` is a device other than the host."""
+        yield self._row("store", Store(), self._rehearsal().store())
+        yield self._row("checkpoint", Checkpoint(), self._rehearsal().checkpoint())
+        if away:
+            yield self._row("offload", Offload(), self._rehearsal().offload())
+        # The peak grows with the slots, so the first that do not fit are found by bisection.
+        counts = range(1, self.most_slots() + 1)
+        fitting = bisect_right(counts, False, key=lambda slots: not self.revolve(slots).fits)
+        yield self.revolve(max(1, fitting))
+
+    def most_slots(self) -> int:
+        """The number of slots from which on more bring nothing."""
+        return max(1, len(self.program.evaluations) - 1)
+
+    def revolve(self, slots: int) -> Row:
+        """The row of revolve with a number of slots."""
+        cost = self._rehearsal().revolve(slots)
+        return self._row(f"revolve:{slots}", Revolve(slots), cost)
+
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.program, self.footprint, converted=self.converted)
+
+    def _row(self, name: str, memory: Memory, cost: Cost) -> Row:
+        evaluations = cost.calls / len(self.program.evaluations)
+        forward, backward = self.footprint.forward_seconds, self.footprint.backward_seconds
+        factor = (evaluations * forward + backward) / (forward + backward)
+        fits = cost.peak <= self.budget
+        if cost.host:
+            fits = fits and cost.host <= capacity.free(torch.device("cpu"))
+        return Row(name, memory, cost.peak, cost.host, evaluations, factor, fits)
