@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program around a denoiser."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -169,6 +169,11 @@ class Trajectory:
         dtype = self.model.level_dtype or torch.promote_types(self.model_dtype, torch.float32)
         level = torch.as_tensor(c_noise, dtype=dtype, device=x.device).expand(len(x))
         return scaled.to(self.model_dtype), level
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The buffers of the network's modules."""
+        for module in self.model.modules():
+            yield from module.buffers()
 
     def call(
         self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]

@@ -2,6 +2,7 @@
 """Memory strategies by name: what a run keeps for its backward pass."""
 
 from gradsampler.memory import named
+from gradsampler.memory.auto import Auto
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.named import names
@@ -12,6 +13,7 @@ from gradsampler.memory.store import Store
 from gradsampler.memory.truncated import Truncated
 
 __all__ = [
+    "Auto",
     "Checkpoint",
     "Memory",
     "Offload",
@@ -26,6 +28,6 @@ __all__ = [
 
 
 def resolve(memory: str | Memory) -> Memory:
-    """The strategy for a name or an object; "auto" is checkpoint."""
+    """The strategy for a name of `names()`, "revolve:8", "truncated:4", or an object."""
     steps = named.number(memory, "truncated")
     return named.exact("memory", memory, ["truncated:4"]) if steps is None else Truncated(steps)

@@ -12,17 +12,18 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{prefix}i": 1024**k for k, prefix in enumerate("kmgt", 1)}
 
 
-def free(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``; 0 where the system does not tell.
+def free(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on ``device``; None where the system does not tell.
 
     On an accelerator what torch has reserved and does not use counts as free. On the CPU it is
     what Linux calls available, or what the process's control group leaves where that is less.
     """
     if device.type == "cpu":
-        return max(0, min(_available(), *_groups()))
+        available = _available()
+        return None if available is None else max(0, min(available, *_groups()))
     module = torch.get_device_module(device)
     if not hasattr(module, "mem_get_info"):
-        return 0
+        return None
     unused: int = module.memory_reserved(device) - module.memory_allocated(device)
     return int(module.mem_get_info(device)[0]) + unused
 
@@ -52,7 +53,7 @@ def readable(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _available() -> int:
+def _available() -> int | None:
     """MemAvailable of the system; else the pages that are free, where these can be asked for."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -60,13 +61,15 @@ def _available() -> int:
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
-        return 0
+        return None
 
 
-def _groups(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+def _groups(
+    listing: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
     """What the limits of the process's control groups leave, version 2 and version 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = listing.read_text().splitlines()
     except OSError:
         lines = []
     left = []

@@ -72,7 +72,7 @@ class _Probe(Adjoint):
         slots = {Z0: self._z0, **trajectory.constants}
         trajectory.execute(slots, 0, start, self._z0, self._numbers, _never)
         x = slots[evaluation.state]
-        known = [self._z0, *trajectory.constants.values(), *self._cond, *_buffers(trajectory)]
+        known = [self._z0, *trajectory.constants.values(), *self._cond, *trajectory.buffers()]
         counter = gauge(x.device)
         with counter:
             torch.zeros((), device=x.device)  # torch imports now what the first use of a mode needs
@@ -121,11 +121,6 @@ def _never(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence
     raise AssertionError("no evaluation comes before the first")
 
 
-def _buffers(trajectory: Trajectory) -> Iterator[Tensor]:
-    for module in trajectory.model.modules():
-        yield from module.buffers()
-
-
 @contextmanager
 def _timed(device: torch.device) -> Iterator[list[float]]:
     """Appends the seconds that a with statement takes, the device's work included."""
@@ -144,7 +139,7 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 def _undisturbed(trajectory: Trajectory, device: torch.device) -> Iterator[None]:
     """Afterwards the random state and the modules' buffers are as they were."""
     random = replay.RandomState(device)
-    buffers = [(x, x._version, x.clone()) for x in _buffers(trajectory)]
+    buffers = [(x, x._version, x.clone()) for x in trajectory.buffers()]
     try:
         yield
     finally:

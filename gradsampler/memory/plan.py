@@ -151,12 +151,12 @@ def plan(
 
     Example:
         >>> import torch, gradsampler as gs
-        >>> z0, levels = torch.zeros(4, 256), gs.schedules.karras(50)
-        >>> plan = gs.memory.plan(lambda x, sigma: x.tanh().cos(), z0, levels, budget="64kB")
+        >>> z0, levels = torch.zeros(4, 4096), gs.schedules.karras(50)
+        >>> plan = gs.memory.plan(lambda x, sigma: x.tanh().cos(), z0, levels, budget="1MB")
         >>> [row.name for row in plan], [row.evaluations for row in plan]
-        (['store', 'checkpoint', 'revolve:5'], [1.0, 2.0, 3.44])
+        (['store', 'checkpoint', 'revolve:4'], [1.0, 2.0, 3.88])
         >>> plan.best
-        Revolve(slots=5)
+        Revolve(slots=4)
     """
     z0 = _checks.batched("z0", z0).detach()
     room = None if budget is None else capacity.parsed("budget", budget)
@@ -174,6 +174,8 @@ def plan(
         program, model, z0, noise=noise, cond=cond, state_dtype=state_dtype, backend=backend
     )
     room = capacity.free(z0.device) if room is None else room
+    if room is None:
+        _checks.fail("budget", "be given where the free memory is not known", budget)
     call = footprint.measured(trajectory, z0.to(trajectory.state_dtype).requires_grad_())
     predictor = Predictor(program, call, z0.dtype != trajectory.state_dtype, room)
     return Plan(tuple(predictor.rows(away=z0.device.type != "cpu")), room, predictor)
@@ -217,5 +219,6 @@ class Predictor:
         factor = (evaluations * forward + backward) / (forward + backward)
         fits = cost.peak <= self.budget
         if cost.host:
-            fits = fits and cost.host <= capacity.free(torch.device("cpu"))
+            left = capacity.free(torch.device("cpu"))
+            fits = fits and (left is None or cost.host <= left)
         return Row(name, memory, cost.peak, cost.host, evaluations, factor, fits)

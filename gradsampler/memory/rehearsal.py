@@ -31,6 +31,10 @@ from gradsampler.program import (
     transpose,
 )
 
+# States' worth of signs and products at once, where plain torch transposes an injection, which is
+# the one that ends a run; kernels do the others.
+_ABSORPTION = 7
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -182,7 +186,7 @@ class Rehearsal:
     def _transposed(self, again: Callable[[], list[_Block]]) -> None:
         """As `Adjoint._transposed`; ``again`` makes what is alive of the next call to pull back."""
         cost, cot = self._footprint, Table()
-        cot[self._program.output] = self._new(cost.state)
+        cot[self._program.output] = _shared(self._new(cost.state))  # its caller keeps it too
         self._new(cost.state)  # dz0
         gathered, transposed = 0, fused(transpose(self._program))
         for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
@@ -195,7 +199,7 @@ class Rehearsal:
                 self._new(cost.gradients - gathered)
                 gathered = cost.gradients
             elif isinstance(instruction, Absorption):
-                self._touch(2 * cost.state)
+                self._touch(_ABSORPTION * cost.state)
             else:
                 for slot in _written(instruction):
                     if slot.kind != "c":

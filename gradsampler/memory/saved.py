@@ -18,6 +18,7 @@ class Saved(AbstractContextManager["Saved"]):
     def __init__(self, known: Iterable[Tensor]) -> None:
         self._known = {address(x) for x in known}
         self._sizes: dict[int, int] = {}  # by address; what is saved stays where it is
+        self._leaves: set[int] = set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def __enter__(self) -> "Saved":
@@ -34,14 +35,16 @@ class Saved(AbstractContextManager["Saved"]):
 
     def has(self, x: Tensor) -> bool:
         """Whether the tensor's memory is among what was saved."""
-        return address(x) in self._sizes
+        return address(x) in self._sizes or address(x) in self._leaves
 
     def _pack(self, x: Tensor) -> tuple[Tensor, int]:
         source = x if x._base is None else x._base
-        anyway = isinstance(source, nn.Parameter) or (source.is_leaf and source.requires_grad)
-        if not anyway and address(x) not in self._known:
+        if isinstance(source, nn.Parameter) or (source.is_leaf and source.requires_grad):
+            self._leaves.add(address(x))
+        elif address(x) not in self._known:
             self._sizes[address(x)] = x.untyped_storage().nbytes()
-        return x, x._version
+        # An output of its own graph would keep that alive: it goes without.
+        return x.detach(), x._version
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
