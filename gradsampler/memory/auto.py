@@ -42,20 +42,27 @@ class Auto(Memory):
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
-        size, free = z0.numel() * z0.element_size(), capacity.free(z0.device)
-        count, room = len(trajectory.program.evaluations), 0.0
-        states: States = Resident()
-        if free is not None:
-            room = _USED * free - count * size
-            if count * size > _STATES * free:
-                host = torch.device("cpu")
-                left = None if z0.device == host else capacity.free(host)
-                if left is None or count * size > _STATES * left:
-                    slots = int(_STATES * free) // (size * _snapshot(trajectory))
-                    return Revolve(max(1, slots)).run(trajectory, z0)
-                states, room = Host(count), _USED * free
-        adjoint = _Keeping(trajectory, states, z0, room)
-        return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
+        count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()
+        free = capacity.free(z0.device)
+        if free is None:
+            return _connected(trajectory, z0, Resident(), room=0.0)
+        if count * size <= _STATES * free:
+            return _connected(trajectory, z0, Resident(), _USED * free - count * size)
+        if z0.device.type != "cpu":
+            host = capacity.free(torch.device("cpu"))
+            if host is not None and count * size <= _STATES * host:
+                return _connected(trajectory, z0, Host(count), _USED * free)
+        slots = int(_STATES * free) // (size * _snapshot(trajectory))
+        return Revolve(max(1, slots)).run(trajectory, z0)
+
+
+def _connected(trajectory: Trajectory, z0: Tensor, states: States, room: float) -> Tensor:
+    """The run by an adjoint that keeps graphs of at most ``room`` bytes."""
+    adjoint = _Keeping(trajectory, states, z0, room)
+    output: Tensor = Connection.apply(
+        adjoint, z0, trajectory.program.coefficients, *adjoint.inputs()
+    )
+    return output
 
 
 def _snapshot(trajectory: Trajectory) -> int:

@@ -34,6 +34,7 @@ class Footprint:
     keeps_input: bool  # whether it keeps these too
     keeps_outputs: bool
     gradients: int  # bytes of the gradients of parameters, conditioning and levels
+    largest_gradient: int  # of these
     held: int  # bytes alive after the call
     forward_peak: int
     backward_peak: int
@@ -92,6 +93,7 @@ class _Probe(Adjoint):
             keeps_input=saved.has(call.scaled),
             keeps_outputs=any(saved.has(output) for output in call.outputs),
             gradients=sum(size(g) for g in gradients),
+            largest_gradient=max((size(g) for g in gradients), default=0),
             held=held,
             forward_peak=forward_peak,
             backward_peak=max(counter.peak, held),
@@ -139,12 +141,12 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 def _undisturbed(trajectory: Trajectory, device: torch.device) -> Iterator[None]:
     """Afterwards the random state and the modules' buffers are as they were."""
     random = replay.RandomState(device)
-    buffers = [(x, x._version, x.clone()) for x in trajectory.buffers()]
+    buffers = [(x, x.clone()) for x in trajectory.buffers()]
     try:
         yield
     finally:
         random.restore()
         with torch.no_grad():
-            for x, version, copy in buffers:
-                if x._version != version:
+            for x, copy in buffers:
+                if not torch.equal(x, copy):
                     x.copy_(copy)

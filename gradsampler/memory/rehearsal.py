@@ -196,6 +196,8 @@ class Rehearsal:
                 for block in call:
                     self._drop(block)
                 cot[instruction.writes] = self._new(cost.model_input or cost.state)
+                if gathered:  # the new ones, and one sum at a time
+                    self._touch(cost.gradients + cost.largest_gradient)
                 self._new(cost.gradients - gathered)
                 gathered = cost.gradients
             elif isinstance(instruction, Absorption):
