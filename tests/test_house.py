@@ -60,13 +60,14 @@ MAY_IMPORT = {
     "gradient_flow": "*",
     "models.*": "models.*",
     "picture": "models",
+    "chart": "memory.*",
     "demo": "* models.* picture optimize",
-    "cli": "* demo gradient_flow",
+    "cli": "* chart demo gradient_flow models.*",
     "__main__": "cli",
     "kernels.*": "kernels.*",
 }
-NOT_BY_STAR = {"optimize", "journal", "demo", "cli", "picture", "models", "gradient_flow"}
-NOT_BY_STAR |= {"integrations", "kernels", "_ops"}
+NOT_BY_STAR = {"optimize", "journal", "demo", "cli", "chart", "picture", "models"}
+NOT_BY_STAR |= {"gradient_flow", "integrations", "kernels", "_ops"}
 NO_CHECKS = {"_checks", "_version", "replay", "models.*", "kernels.*", "__main__"}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
@@ -78,7 +79,11 @@ THIRD_PARTY = {
     "integrations.*": {"numpy", "tqdm"},
     "kernels.*": {"triton"},
 }
-THIRD_PARTY_IN_FUNCTIONS = {"picture": {"matplotlib"}, "backends": {"triton"}}
+THIRD_PARTY_IN_FUNCTIONS = {
+    "picture": {"matplotlib"},
+    "chart": {"matplotlib"},
+    "backends": {"triton"},
+}
 
 
 class Import(NamedTuple):

@@ -286,7 +286,7 @@ def test_it_prints_as_a_table():
     assert lines[0].split() == COLUMNS
     assert [line.split()[0] for line in lines[1:4]] == ["store", "checkpoint", "revolve:4"]
     assert len({len(line) for line in lines[:4]}) == 1
-    assert re.fullmatch(r"store +1.5 MiB +- +1.00 +1.00 +yes +no", lines[1])
+    assert re.fullmatch(r"store +1.69 MiB +- +1.00 +1.00 +yes +no", lines[1])
     assert lines[4].startswith("one call: activations 64 KiB, state 64 KiB, forward ")
     assert lines[5] == "budget 1 MiB; best: revolve:4"
 

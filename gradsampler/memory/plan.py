@@ -38,6 +38,7 @@ class Row:
     host: int  # bytes in the host's memory, for a run on another device
     evaluations: float  # calls for each evaluation of the run, that one included
     factor: float  # time of run and backward over that of `Store`
+    seconds: float  # of run and backward
     fits: bool
 
     @property
@@ -196,7 +197,8 @@ class Predictor:
         yield self._row("checkpoint", Checkpoint(), self._rehearsal().checkpoint())
         if away:
             yield self._row("offload", Offload(), self._rehearsal().offload())
-        # The peak grows with the slots, so the first that do not fit are found by bisection.
+        # The peak grows with the slots, but for a state here and there that two snapshots share: a
+        # bisection ends where one number fits and the next does not.
         counts = range(1, self.most_slots() + 1)
         fitting = bisect_right(counts, False, key=lambda slots: not self.revolve(slots).fits)
         yield self.revolve(max(1, fitting))
@@ -214,11 +216,13 @@ class Predictor:
         return Rehearsal(self.program, self.footprint, converted=self.converted)
 
     def _row(self, name: str, memory: Memory, cost: Cost) -> Row:
-        evaluations = cost.calls / len(self.program.evaluations)
+        count = len(self.program.evaluations)
+        evaluations = cost.calls / count
         forward, backward = self.footprint.forward_seconds, self.footprint.backward_seconds
-        factor = (evaluations * forward + backward) / (forward + backward)
+        step = evaluations * forward + backward
+        factor = step / (forward + backward)
         fits = cost.peak <= self.budget
         if cost.host:
             left = capacity.free(torch.device("cpu"))
             fits = fits and (left is None or cost.host <= left)
-        return Row(name, memory, cost.peak, cost.host, evaluations, factor, fits)
+        return Row(name, memory, cost.peak, cost.host, evaluations, factor, count * step, fits)
