@@ -6,6 +6,7 @@ against counted calls, activations against sums of tensor sizes worked out by ha
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,3 +393,33 @@ def test_the_layers_under_it_are_there_for_others():
     program, model = arguments.record(lambda x, s: x.tanh(), levels(4))
     cost = Rehearsal(program, measured(arguments.trajectory(program, model, z0), z0)).revolve(2)
     assert cost.calls == 4 + 4  # Griewank and Walther 2000, with 2 slots
+
+
+# The page.
+
+PAGE = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+
+
+def test_the_page_runs_and_prints_what_it_shows(capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^    memory .*?budget[^\n]*$", PAGE, re.MULTILINE | re.DOTALL)[0]
+    names = {}
+    exec(compile(block, "docs/memory.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    expected = [line.removeprefix("    ") for line in shown.splitlines()]
+    for got, wanted in zip(printed[1:4], expected[1:4], strict=True):  # times differ
+        columns = [line.split()[:5] + line.split()[6:] for line in (got, wanted)]
+        assert columns[0] == columns[1]
+    assert printed[0].split() == expected[0].split() == COLUMNS
+    assert printed[4].split(", forward")[0] == expected[4].split(", forward")[0]
+    assert printed[5] == expected[5]
+    names["x"].sum().backward()
+    assert names["z0"].grad.any()
+
+
+def test_the_page_names_what_there_is():
+    named = set(re.findall(r'`"(\w+)(?::\d+)?"`', PAGE)) | set(re.findall(r"`(\w+)`", PAGE))
+    assert {"store", "checkpoint", "offload", "revolve", "truncated"} <= named
+    assert set(gs.memory.names()) <= named | {"auto"}
+    options = set(re.findall(r"--(\w+)", PAGE))
+    assert options == {"denoiser", "shape", "solver", "steps", "budget", "plot"}
