@@ -385,6 +385,18 @@ def test_what_the_cpu_has_left_is_less_than_it_has():
     assert 0 < capacity.free(torch.device("cpu")) <= total
 
 
+def test_what_a_device_has_left_counts_what_torch_holds_in_reserve(monkeypatch):
+    class Module:
+        mem_get_info = staticmethod(lambda device: (1000, 9000))
+        memory_reserved = staticmethod(lambda device: 500)
+        memory_allocated = staticmethod(lambda device: 200)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    assert capacity.free(torch.device("cuda")) == 1300
+    monkeypatch.delattr(Module, "mem_get_info")
+    assert capacity.free(torch.device("mps")) is None
+
+
 def group(folder, names, most, used, cache):
     folder.mkdir(parents=True, exist_ok=True)
     statistics = f"anon 5\n{'total_' if 'limit' in names[0] else ''}inactive_file {cache}"

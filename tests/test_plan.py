@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import gradsampler as gs
 from gradsampler.memory import capacity
 from gradsampler.memory.footprint import measured
+from gradsampler.memory.gauge import gauge
 from gradsampler.memory.rehearsal import Rehearsal
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
@@ -183,6 +184,27 @@ def test_a_denoiser_without_a_gradient_has_no_backward():
     with pytest.warns(gs.GradientWarning, match="detaches"):
         got = footprint(lambda x, sigma: torch.tanh(x.detach()), normal(8, 1000))
     assert got.activations == got.gradients == 0
+
+
+def test_the_allocator_s_count_leaves_out_what_is_made_outside(monkeypatch):
+    """On CUDA; its statistics are played by two numbers."""
+    allocated, most = 1000, 5000
+
+    def reset(device):
+        nonlocal most
+        most = allocated
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: most)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    counter = gauge(torch.device("cuda"))
+    with counter:
+        allocated, most = 1300, 1700
+    assert (counter.live, counter.peak) == (300, 700)
+    allocated = 1350  # 50 made outside
+    with counter:
+        allocated, most = 1150, 1500
+    assert (counter.live, counter.peak) == (100, 450)
 
 
 # Evaluations and times.
@@ -422,4 +444,4 @@ def test_the_page_names_what_there_is():
     assert {"store", "checkpoint", "offload", "revolve", "truncated"} <= named
     assert set(gs.memory.names()) <= named | {"auto"}
     options = set(re.findall(r"--(\w+)", PAGE))
-    assert options == {"denoiser", "shape", "solver", "steps", "budget", "plot"}
+    assert options == {"denoiser", "shape", "solver", "steps", "budget", "plot", "measure"}

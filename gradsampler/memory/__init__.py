@@ -7,7 +7,8 @@ from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.named import names
 from gradsampler.memory.offload import Offload
-from gradsampler.memory.plan import Plan, Row, plan
+from gradsampler.memory.plan import Plan, plan
+from gradsampler.memory.predictor import Row
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
 from gradsampler.memory.truncated import Truncated

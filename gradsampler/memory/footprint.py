@@ -26,6 +26,7 @@ class Footprint:
     are in them, the state and the outputs' cotangents are not.
     """
 
+    elements: int  # of a state
     state: int  # bytes of a state
     model_input: int  # bytes of the scaled state; 0 where that is the state itself
     outputs: tuple[int, ...]  # bytes of each network call's output
@@ -85,6 +86,7 @@ class _Probe(Adjoint):
             gradients = self._pulled(call, cotangents)
         same = address(call.scaled) == address(x)
         self.footprint = Footprint(
+            elements=x.numel(),
             state=size(x),
             model_input=0 if same else size(call.scaled),
             outputs=tuple(size(output) for output in call.outputs),

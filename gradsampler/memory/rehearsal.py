@@ -19,6 +19,7 @@ from checkpoint_schedules import (
 )
 
 from gradsampler.memory.footprint import Footprint
+from gradsampler.memory.heap import Block, Heap, Table, copied, shared
 from gradsampler.program import (
     Absorption,
     Descent,
@@ -31,9 +32,9 @@ from gradsampler.program import (
     transpose,
 )
 
-# States' worth of signs and products at once, where plain torch transposes an injection, which is
-# the one that ends a run; kernels do the others.
-_ABSORPTION = 7
+# Bytes an element of signs in plain torch, which transposes the injection that ends a run; kernels
+# transpose the others.
+_SIGNS = 24
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,7 @@ class Cost:
     calls: int  # evaluations of the model, those of the run included
 
 
-class _Block:
-    """Stands for a tensor."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.users = size, 1
-
-
-Table = dict[Slot, _Block]
-Evaluate = Callable[[_Block], Sequence[_Block]]
+Evaluate = Callable[[Block], Sequence[Block]]
 
 
 class Rehearsal:
@@ -70,22 +63,23 @@ class Rehearsal:
         self._evaluations, instructions = program.evaluations, program.instructions
         self._starts = [k for k, i in enumerate(instructions) if isinstance(i, Evaluation)]
         self._starts.append(len(instructions))
-        self._live = self._peak = footprint.state if converted else 0
-        self._calls = 0
+        self._heap, self._calls = Heap(), 0
+        if converted:
+            self._heap.new(footprint.state)
 
     def store(self) -> Cost:
         """Plain autograd: everything that the calls keep."""
-        cost, graphs = self._footprint, list[list[_Block]]()
+        cost, graphs = self._footprint, list[list[Block]]()
         learned = self._program.coefficients.requires_grad  # then the stages keep what they read
 
-        def evaluate(x: _Block) -> Sequence[_Block]:
-            outputs, kept = self._called(), [self._new(cost.activations)]
+        def evaluate(x: Block) -> Sequence[Block]:
+            outputs, kept = self._called(), [self._heap.new(cost.activations)]
             if cost.keeps_input:
-                kept.append(self._new(cost.model_input) if cost.model_input else _shared(x))
+                kept.append(self._heap.new(cost.model_input) if cost.model_input else shared(x))
             if learned:
-                kept.append(_shared(x))
+                kept.append(shared(x))
             if learned or cost.keeps_outputs:
-                kept += map(_shared, outputs)
+                kept += map(shared, outputs)
             graphs.append(kept)
             return outputs
 
@@ -95,10 +89,10 @@ class Rehearsal:
 
     def checkpoint(self) -> Cost:
         """All states, one call's activations."""
-        states: list[_Block] = []
+        states: list[Block] = []
 
-        def evaluate(x: _Block) -> Sequence[_Block]:
-            states.append(_shared(x))
+        def evaluate(x: Block) -> Sequence[Block]:
+            states.append(shared(x))
             return self._called()
 
         self._execute({}, 0, self._starts[-1], evaluate)
@@ -107,18 +101,18 @@ class Rehearsal:
 
     def offload(self) -> Cost:
         """All states on the host, two on their way."""
-        states: deque[_Block] = deque()
+        states: deque[Block] = deque()
 
-        def evaluate(x: _Block) -> Sequence[_Block]:
+        def evaluate(x: Block) -> Sequence[Block]:
             while len(states) >= 2:
-                self._drop(states.popleft())
-            states.append(_shared(x))
+                self._heap.drop(states.popleft())
+            states.append(shared(x))
             return self._called()
 
         self._execute({}, 0, self._starts[-1], evaluate)
         while states:
-            self._drop(states.popleft())
-        self._new(2 * self._footprint.state)  # the one that is worked on and the one before it
+            self._heap.drop(states.popleft())
+        self._heap.new(2 * self._footprint.state)  # the one that is worked on and the one before it
         self._transposed(self._again)
         return self._cost(host=self._footprint.state * (len(self._starts) - 1))
 
@@ -127,29 +121,29 @@ class Rehearsal:
         schedule = iter(MultistageCheckpointSchedule(len(self._starts) - 1, slots, 0))
         snapshots: dict[int, Table] = {}
         work: Table = {}
-        taped: list[_Block] = []
+        taped: list[Block] = []
 
         def advance(action: Forward) -> None:
             if action.write_ics:
-                snapshots[action.n0] = _copied(work)
+                snapshots[action.n0] = copied(work)
             start, stop = self._starts[action.n0], self._starts[action.n1]
             self._execute(work, start, stop, lambda _: self._called())
 
-        def tape(x: _Block) -> Sequence[_Block]:
+        def tape(x: Block) -> Sequence[Block]:
             outputs = self._called()
-            taped.extend([_shared(x), *map(_shared, outputs), self._new(self._graph())])
+            taped.extend([shared(x), *map(shared, outputs), self._heap.new(self._graph())])
             return outputs
 
-        def again() -> list[_Block]:
+        def again() -> list[Block]:
             for action in schedule:
                 if isinstance(action, (Copy, Move)):
-                    work.update(_copied(snapshots[action.n]))
+                    work.update(copied(snapshots[action.n]))
                     if isinstance(action, Move):
-                        self._clear(snapshots.pop(action.n))
+                        self._heap.clear(snapshots.pop(action.n))
                 elif isinstance(action, Forward) and action.write_adj_deps:
                     for output in tape(work[self._evaluations[action.n0].state]):
-                        self._drop(output)
-                    self._clear(work)
+                        self._heap.drop(output)
+                    self._heap.clear(work)
                 elif isinstance(action, Forward):
                     advance(action)
                 elif isinstance(action, Reverse):
@@ -170,53 +164,53 @@ class Rehearsal:
         return self._cost()
 
     def _cost(self, host: int = 0) -> Cost:
-        return Cost(self._peak, host, self._calls)
+        return Cost(self._heap.peak, host, self._calls)
 
     def _execute(self, slots: Table, start: int, stop: int, evaluate: Evaluate) -> None:
         """As `Trajectory.execute`; z0 was there before."""
         instructions, last_reads = self._program.instructions, self._program.dead
         for instruction, dead in zip(instructions[start:stop], last_reads[start:stop], strict=True):
             if isinstance(instruction, Stage):
-                slots[instruction.writes] = self._new(self._footprint.state)
+                slots[instruction.writes] = self._heap.new(self._footprint.state)
             elif isinstance(instruction, Evaluation):
                 outputs = evaluate(slots[instruction.state])
                 slots.update(zip(instruction.writes, outputs, strict=True))
-            self._clear(slots, dead)
+            self._heap.clear(slots, dead)
 
-    def _transposed(self, again: Callable[[], list[_Block]]) -> None:
+    def _transposed(self, again: Callable[[], list[Block]]) -> None:
         """As `Adjoint._transposed`; ``again`` makes what is alive of the next call to pull back."""
         cost, cot = self._footprint, Table()
-        cot[self._program.output] = _shared(self._new(cost.state))  # its caller keeps it too
-        self._new(cost.state)  # dz0
+        cot[self._program.output] = shared(self._heap.new(cost.state))  # its caller keeps it too
+        self._heap.new(cost.state)  # dz0
         gathered, transposed = 0, fused(transpose(self._program))
         for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
             if isinstance(instruction, Pullback):
                 call = again()
-                self._touch(cost.backward_peak - cost.held)
+                self._heap.touch(cost.backward_peak - cost.held)
                 for block in call:
-                    self._drop(block)
-                cot[instruction.writes] = self._new(cost.model_input or cost.state)
+                    self._heap.drop(block)
+                cot[instruction.writes] = self._heap.new(cost.model_input or cost.state)
                 if gathered:  # the new ones, and one sum at a time
-                    self._touch(cost.gradients + cost.largest_gradient)
-                self._new(cost.gradients - gathered)
+                    self._heap.touch(cost.gradients + cost.largest_gradient)
+                self._heap.new(cost.gradients - gathered)
                 gathered = cost.gradients
             elif isinstance(instruction, Absorption):
-                self._touch(_ABSORPTION * cost.state)
+                self._heap.touch(cost.state + _SIGNS * cost.elements)
             else:
                 for slot in _written(instruction):
                     if slot.kind != "c":
-                        cot[slot] = self._new(self._size(slot))
-            self._clear(cot, dead)
+                        cot[slot] = self._heap.new(self._size(slot))
+            self._heap.clear(cot, dead)
 
-    def _called(self) -> list[_Block]:
+    def _called(self) -> list[Block]:
         """A call of which the outputs stay."""
         self._calls += 1
-        self._touch(self._footprint.forward_peak)
-        return [self._new(size) for size in self._footprint.outputs]
+        self._heap.touch(self._footprint.forward_peak)
+        return [self._heap.new(size) for size in self._footprint.outputs]
 
-    def _again(self) -> list[_Block]:
+    def _again(self) -> list[Block]:
         """A call made again on a state that is there, with its graph."""
-        return [*self._called(), self._new(self._graph())]
+        return [*self._called(), self._heap.new(self._graph())]
 
     def _graph(self) -> int:
         """Bytes of a call with its graph, without the outputs."""
@@ -224,33 +218,6 @@ class Rehearsal:
 
     def _size(self, slot: Slot) -> int:
         return self._footprint.outputs[slot.branch] if slot.kind == "d" else self._footprint.state
-
-    def _new(self, size: int) -> _Block:
-        self._live += size
-        self._touch(0)
-        return _Block(size)
-
-    def _drop(self, block: _Block) -> None:
-        block.users -= 1
-        if block.users == 0:
-            self._live -= block.size
-
-    def _clear(self, table: Table, slots: Sequence[Slot] | set[Slot] | None = None) -> None:
-        for slot in list(table if slots is None else slots):
-            if slot in table:
-                self._drop(table.pop(slot))
-
-    def _touch(self, size: int) -> None:
-        self._peak = max(self._peak, self._live + size)
-
-
-def _shared(block: _Block) -> _Block:
-    block.users += 1
-    return block
-
-
-def _copied(table: Table) -> Table:
-    return {slot: _shared(block) for slot, block in table.items()}
 
 
 def _written(instruction: object) -> Iterator[Slot]:
