@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one model call costs: measured once, forward and backward, without a run."""
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ class _Probe(Adjoint):
         counter = gauge(x.device)
         with counter:
             torch.zeros((), device=x.device)  # torch imports now what the first use of a mode needs
-        with counter, Saved(known) as saved, _timed(x.device) as forward:
+        with counter, Saved(known) as saved:
             call = self._first(evaluation, x, None)
         forward_peak, held = counter.peak, counter.live
         cotangents = [torch.ones_like(output) for output in call.outputs]
@@ -99,10 +100,14 @@ class _Probe(Adjoint):
             held=held,
             forward_peak=forward_peak,
             backward_peak=max(counter.peak, held),
-            forward_seconds=sum(forward),
+            forward_seconds=sum(self._seconds),
             backward_seconds=sum(backward),
         )
         return self._z0
+
+    def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
+        with _timed(x.device) as self._seconds:
+            return super()._call(evaluation, x, scaled)
 
     def _pulled(self, call: Call, cotangents: list[Tensor]) -> list[Tensor]:
         """The gradients of a call, without that of its input."""
@@ -127,16 +132,25 @@ def _never(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence
 
 @contextmanager
 def _timed(device: torch.device) -> Iterator[list[float]]:
-    """Appends the seconds that a with statement takes, the device's work included."""
+    """Appends the seconds that a with statement takes, the device's work included.
+
+    Without the garbage collector, which may take longer than a small network.
+    """
     module = None if device.type == "cpu" else torch.get_device_module(device)
     seconds: list[float] = []
-    if module is not None:
-        module.synchronize(device)
-    begin = time.perf_counter()
-    yield seconds
-    if module is not None:
-        module.synchronize(device)
-    seconds.append(time.perf_counter() - begin)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        if module is not None:
+            module.synchronize(device)
+        begin = time.perf_counter()
+        yield seconds
+        if module is not None:
+            module.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -48,7 +47,8 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()  # storages that are alive, made here or brought in
+        # The storages that are alive, made here or brought in, by identity.
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __enter__(self) -> "Live":
         self.peak = self.live
@@ -58,23 +58,25 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        self._note((args, kwargs), made=False)
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        self._note((args, *kwargs.values()), made=False)
+        result = func(*args, **kwargs)
         self._note(result, made=True)
         self.peak = max(self.peak, self.live)
         return result
 
     def _note(self, tree: object, *, made: bool) -> None:
-        for x in pytree.tree_leaves(tree):
-            if not isinstance(x, Tensor):
-                continue
-            storage = x.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
+        if isinstance(tree, (list, tuple)):
+            for each in tree:
+                self._note(each, made=made)
+        elif isinstance(tree, Tensor):
+            storage = tree.untyped_storage()
+            key = storage._cdata
+            if key not in self._known:
                 count = storage.nbytes() if made else 0
                 self.live += count
-                weakref.finalize(storage, self._gone, storage._cdata, count).atexit = False
+                self._known[key] = weakref.ref(storage, lambda _: self._gone(key, count))
 
     def _gone(self, key: int, count: int) -> None:
-        self._known.discard(key)
+        del self._known[key]
         self.live -= count
