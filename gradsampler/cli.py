@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``gradsampler optimize``, ``gradsampler check`` and ``gradsampler doctor``."""
+"""The command line: ``gradsampler optimize``, ``check``, ``plan`` and ``doctor``."""
 
 import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gradsampler import _checks, backends, gradient_flow, noise, solvers
+from gradsampler import _checks, backends, chart, gradient_flow, models, noise, schedules, solvers
 from gradsampler import memory as memories
 from gradsampler._version import __version__
 from gradsampler.demo import OBJECTIVES, Demo
+from gradsampler.memory.capacity import readable
+from gradsampler.memory.gauge import gauge
 from gradsampler.observer import NonFiniteError
+from gradsampler.parameterization import EDM, Parameterization, parameterize
+from gradsampler.sample import sample
 
 NOISES = {
     "off": noise.Off,
@@ -58,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="which backends are here, and why not the others?")
     doctor.set_defaults(run=_doctor)
+
+    plan = commands.add_parser(
+        "plan", help="what will each memory strategy take?", formatter_class=defaults
+    )
+    plan.add_argument("--denoiser", help="package.module:callable, instead of the digits model")
+    plan.add_argument("--shape", default="16,1,8,8", help="shape of z0: batch, then state")
+    plan.add_argument("--solver", default="euler", help=", ".join(solvers.names()))
+    plan.add_argument("--steps", type=int, default=35, help="sampler steps")
+    plan.add_argument("--budget", help='such as "8GiB" or "500MB", instead of what is free')
+    plan.add_argument("--plot", type=Path, help="PNG of the memory against the time")
+    plan.add_argument("--measure", action="store_true", help="run each strategy that fits, once")
+    plan.set_defaults(run=_plan)
 
     optimize = commands.add_parser(
         "optimize", help="optimise noise on the digits model", formatter_class=defaults
@@ -117,6 +135,44 @@ def _doctor(arguments: argparse.Namespace) -> int:
     for fact, value in (_native.facts() | {"isas": ", ".join(_native.isas())}).items():
         print(f"  {fact:12} {value or 'none'}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Prints the table, draws it, and holds it against runs."""
+    if arguments.denoiser is None:
+        network = models.load_network()
+        model: Parameterization = EDM(network, sigma_data=network.sigma_data)
+    else:
+        model = parameterize(_imported(arguments.denoiser), "x0")
+    weight = next((p for module in model.modules() for p in module.parameters()), torch.empty(0))
+    z0 = torch.randn(_shape(arguments.shape), generator=torch.Generator().manual_seed(0))
+    z0 = z0.to(weight.device).requires_grad_()
+    levels = schedules.karras(_checks.integer("--steps", arguments.steps, 1))
+    # The first call of all pays for what only a first call does: two of them, one counts.
+    memories.plan(model, z0, levels, solver=arguments.solver, budget=0)
+    plan = memories.plan(model, z0, levels, solver=arguments.solver, budget=arguments.budget)
+    print(plan)
+    if arguments.plot is not None:
+        chart.memory_against_time(arguments.plot, plan)
+        print(f"wrote {arguments.plot}")
+    if arguments.measure:
+        for row in plan:
+            if row.fits:
+                print(_measured(row, model, z0, levels, arguments.solver))
+    return 0 if any(row.fits for row in plan) else 1
+
+
+def _measured(
+    row: memories.Row, model: Parameterization, z0: Tensor, levels: Tensor, solver: str
+) -> str:
+    """Runs one strategy; a line with what was predicted of it."""
+    counter, begin = gauge(z0.device), time.perf_counter()
+    with counter:
+        x = sample(model, z0, levels, solver=solver, memory=row.memory, progress=True)
+        torch.autograd.grad(x.square().mean(), z0)[0].sum().item()
+    seconds = time.perf_counter() - begin
+    peaks = f"peak {readable(counter.peak)}, predicted {readable(row.peak)}"
+    return f"{row.name}: {peaks}; {seconds:.2g} s, predicted {row.seconds:.2g} s"
 
 
 def _shape(text: str) -> tuple[int, ...]:

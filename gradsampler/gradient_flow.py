@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks, schedules
+from gradsampler.arguments import Denoiser
 from gradsampler.noise import NoiseSource
 from gradsampler.observer import NonFiniteError
-from gradsampler.sample import Denoiser, sample
+from gradsampler.sample import sample
 from gradsampler.solvers import Churn
 from gradsampler.trajectory import GradientWarning
 

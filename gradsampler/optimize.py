@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradsampler import _checks
+from gradsampler.arguments import Denoiser, checked_levels
 from gradsampler.journal import Journal
 from gradsampler.noise import NoiseSource
 from gradsampler.observer import NonFiniteError
 from gradsampler.parameterization import Parameterization
 from gradsampler.replay import RandomState
-from gradsampler.sample import Denoiser, checked_levels, sample
+from gradsampler.sample import sample
 
 __all__ = ["OptimizeResult", "OptimizeStep", "optimize"]
 

@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call runs a sampler, and it is differentiable."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, backends, solvers
+from gradsampler import _checks, arguments
 from gradsampler import memory as memories
-from gradsampler.conditioning import Conditioning
+from gradsampler.arguments import Denoiser
 from gradsampler.memory import Memory
-from gradsampler.noise import NoiseSource, Off, SignedRoll
+from gradsampler.noise import NoiseSource
 from gradsampler.observer import Observer, StepInfo
-from gradsampler.parameterization import (
-    Parameterization,
-    model_dtype,
-    parameterize,
-)
+from gradsampler.parameterization import Parameterization
 from gradsampler.program import Program
 from gradsampler.solvers import Churn, Solver
-from gradsampler.trajectory import Trajectory
-
-Denoiser = Callable[..., Tensor]
 
 
 def sample(
@@ -66,7 +58,8 @@ def sample(
         eta: amount of noise of an ancestral or SDE solver; None is the solver's own default.
         s_noise: factor of the noise of such a solver.
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "truncated:STEPS",
-            or a `gradsampler.memory` object.
+            or a `gradsampler.memory` object. "auto" keeps the activations of as many model calls as
+            there is room for, and makes the others again in backward.
         final_denoise: one last denoiser call at sigmas[-1], whose prediction is returned.
         cond: passed on to the denoiser as keyword arguments.
         callback: called after each step with a `StepInfo`.
@@ -92,11 +85,16 @@ def sample(
         (torch.Size([2, 3]), True)
     """
     z0 = _checks.batched("z0", z0)
-    model = parameterize(denoiser, prediction)
-    levels = checked_levels(sigmas, flow=prediction == "flow")
-    method = solvers.resolve(solver, eta, s_noise)
-    _check_solver(method, churn, flow=prediction == "flow")
-    program = method.program(levels, model, churn=churn, final_denoise=final_denoise)
+    program, model = arguments.record(
+        denoiser,
+        sigmas,
+        solver=solver,
+        prediction=prediction,
+        churn=churn,
+        eta=eta,
+        s_noise=s_noise,
+        final_denoise=final_denoise,
+    )
     return integrate(
         program,
         model,
@@ -129,74 +127,14 @@ def integrate(
     """Runs a recorded program; the arguments are those of `sample`."""
     if z0.is_inference() and not torch.is_inference_mode_enabled():
         z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
-    source = _noise(noise, program, z0)
-    if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
-        _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
-    if state_dtype is not None and not state_dtype.is_floating_point:
-        _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
-    state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
-    strategy, implementation = memories.resolve(memory), backends.choose(backend, z0.device)
-    conditioning, dtype = Conditioning(cond), model_dtype(model, z0)
+    strategy = memories.resolve(memory)
+    trajectory = arguments.trajectory(
+        program, model, z0, noise=noise, cond=cond, state_dtype=state_dtype, backend=backend
+    )
     with Observer(
         program, callback=callback, progress=progress, check_finite=check_finite
     ) as observer:
-        trajectory = Trajectory(
-            program, model, source, conditioning, implementation, state, dtype, observer
-        )
-        return strategy.run(trajectory, z0.to(state)).to(z0.dtype)
-
-
-def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
-    """The noise levels in float64 on the CPU, checked."""
-    if not isinstance(sigmas, Tensor):
-        try:
-            sigmas = torch.tensor(sigmas, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            _checks.fail_type("sigmas", "be a tensor or a list of numbers", sigmas)
-    if sigmas.is_meta or sigmas.is_complex() or sigmas.dtype == torch.bool:
-        got = f"{sigmas.dtype} on {sigmas.device}"
-        _checks.fail("sigmas", "be real numbers with values", got)
-    levels = sigmas.to("cpu", torch.float64)
-    if levels.ndim != 1 or len(levels) < 2:
-        _checks.fail("sigmas", "have shape [N+1] with N >= 1 steps", list(levels.shape))
-    values: list[float] = levels.tolist()
-    if not bool(torch.isfinite(levels).all()):
-        _checks.fail("sigmas", "be finite", values)
-    for i, (s, t) in enumerate(pairwise(values)):
-        if not s > t:
-            _checks.fail("sigmas", "decrease strictly", f"sigmas[{i}] = {s}, sigmas[{i + 1}] = {t}")
-    if values[-1] < 0:
-        _checks.fail("sigmas", "be at least 0", f"sigmas[-1] = {values[-1]}")
-    if flow and values[0] > 1:
-        _checks.fail("sigmas", "be flow times of at most 1", f"sigmas[0] = {values[0]}")
-    return levels
-
-
-def _check_solver(solver: Solver, churn: Churn | None, *, flow: bool) -> None:
-    if churn is not None and not isinstance(churn, Churn):
-        _checks.fail_type("churn", "be a gradsampler.Churn or None", churn)
-    name = type(solver).__name__
-    if churn is not None and (flow or solver.stochastic):
-        why = "flow time" if flow else f"{name}, which injects noise of its own"
-        _checks.fail("churn", f"be None with {why}", churn)
-    if flow and not solver.flow:
-        known = ", ".join(solvers.names(flow=True))
-        _checks.fail("solver", f"be defined in flow time ({known})", name)
-
-
-def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSource:
-    """The noise source of the run, checked against its injections."""
-    if noise is not None and not isinstance(noise, NoiseSource):
-        _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
-    steps = list(dict.fromkeys(injection.step for injection in program.injections))
-    if noise is None:
-        noise = SignedRoll(seed=0) if steps else Off()
-    elif not steps and not isinstance(noise, Off):
-        warnings.warn(
-            f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
-            "window that covers levels of the run, or take a stochastic solver with eta > 0",
-            stacklevel=4,
-        )
-    return noise.prepare(z0, steps)
+        x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
+    return x.to(z0.dtype)

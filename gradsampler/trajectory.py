@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program around a denoiser."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,6 +88,7 @@ class Trajectory:
                 outputs = evaluate(instruction, x, scaled)
                 slots.update(zip(instruction.writes, outputs, strict=True))
                 self.observer.evaluated(instruction, x, outputs)
+                del x, outputs  # the slots alone keep them, through the next model call
             for slot in dead:
                 del slots[slot]
 
@@ -184,6 +185,11 @@ class Trajectory:
         else:
             level = c_noise.to(x.device, dtype)
         return scaled.to(self.model_dtype), level.expand(len(x))
+
+    def buffers(self) -> Iterator[Tensor]:
+        """The buffers of the network's modules."""
+        for module in self.model.modules():
+            yield from module.buffers()
 
     def call(
         self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]

@@ -577,3 +577,90 @@ def test_the_main_job_reaches_what_it_promises(run, tmp_path):
     assert "SignedRoll" in content["settings"]["noise"]
     assert content["settings"]["memory"] == "checkpoint"
     assert content["settings"]["steps"] in (35, "35")
+
+
+# ------------------------------------------------------------------ plan
+
+
+ROW = re.compile(r"(store|checkpoint|revolve:\d+) .* (\d+\.\d\d) +(\d+\.\d\d) +yes +(yes|no)")
+
+
+def test_plan_prints_a_table_of_the_digits_model(run):
+    status, out, err = run("plan", "--budget", "1MB", "--steps", 8, "--solver", "heun")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split()[0] == "memory"
+    rows = [ROW.fullmatch(line) for line in lines[1:4]]
+    assert [row[1] for row in rows] == ["store", "checkpoint", "revolve:15"]
+    assert [float(row[2]) for row in rows] == [1.0, 2.0, 1.94]  # 31 of 16
+    assert [row[4] for row in rows] == ["no", "yes", "yes"]  # 16 times 185 KiB and more
+    assert lines[4].startswith("one call: activations 185 KiB, state 4 KiB, forward ")
+    assert re.fullmatch("budget 977 KiB; best: (checkpoint|revolve:15)", lines[5])
+    assert len(lines) == 6
+
+
+def test_plan_measures_what_fits(run):
+    status, out, err = run("plan", "--budget", "600kB", "--steps", 4, "--measure")
+    assert status == 0
+    fitting = [ROW.fullmatch(line)[1] for line in out.splitlines()[1:4] if line.endswith("yes")]
+    assert fitting == ["checkpoint", "revolve:3"]
+    measured = out.splitlines()[6:]
+    assert [line.split(": ")[0] for line in measured] == fitting
+    for line in measured:
+        found, predicted = re.search(r"peak ([\d.]+) KiB, predicted ([\d.]+) KiB; ", line).groups()
+        assert float(predicted) == pytest.approx(float(found), rel=0.1)
+        assert re.search(r" s, predicted [\d.e-]+ s$", line)
+    assert err.count("sampling: 100%") >= 2  # a bar for each
+
+
+def test_plan_takes_a_denoiser_and_draws(run, module, tmp_path):
+    name = module(
+        "planned",
+        """
+        import torch
+        calls = []
+        def denoiser(x, sigma):
+            calls.append(x.shape)
+            return torch.tanh(x).cos()
+        """,
+    )
+    picture = tmp_path / "plan.png"
+    status, out, err = run(
+        "plan", "--denoiser", f"{name}:denoiser", "--shape", "2,300", "--budget", "1GiB",
+        "--plot", picture,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-2:] == ["budget 1 GiB; best: store", f"wrote {picture}"]
+    assert set(sys.modules[name].calls) == {(2, 300)}
+    assert len(sys.modules[name].calls) == 2  # one to warm up, one that counts
+    pixels = image.imread(picture)
+    assert pixels.shape[:2] == (640, 1024)
+    assert pixels.std() > 0.01
+
+
+def test_plan_says_when_nothing_fits(run):
+    status, out, err = run("plan", "--budget", "10kB", "--steps", 3)
+    assert (status, err) == (1, "")
+    assert "nothing exact fits: take a smaller batch" in out
+    assert "gs.memory.Truncated" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "8 gigs"], "budget must be bytes, such as"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--shape", "4,x"], "--shape must be integers separated by commas"),
+        (["--shape", "4"], "z0 must have shape [B, *state]"),
+        (["--solver", "huen"], "did you mean 'heun'?"),
+        (["--denoiser", "nowhere"], "--denoiser must have the form package.module:callable"),
+        (["--denoiser", "math:pi"], "denoiser must be callable"),
+        (["--denoiser", "math:tau_"], "has no attribute"),
+        (["--plot", "/nowhere/plan.png"], "No such file or directory"),
+    ],
+)
+def test_plan_names_the_bad_argument(run, options, message):
+    status, _, err = run("plan", "--steps", 3, *options)
+    assert status == 2
+    assert err.startswith("gradsampler plan: ")
+    assert message in err

@@ -730,6 +730,7 @@ def test_callbacks_come_between_the_steps_and_not_in_backward(option, clean):
         sample_clean=clean,
         allow_grad=True,
     )
+    cfg.memory = "checkpoint"  # makes its calls again
     told = [lambda i_th, **_: events.append(i_th)]
     out = Sampler()._forward_impl(x0_fn, 80 * normal(*SHAPE), cfg, told)
     calls = ["call"] * ORDERS.get(option, 2)

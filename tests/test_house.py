@@ -50,21 +50,25 @@ MAY_IMPORT = {
     "observer": "program",
     "trajectory": "backends conditioning noise observer parameterization program",
     "adjoint": "generators noise program replay trajectory",
-    "memory.*": "_ops adjoint program reference replay trajectory memory.*",
+    "arguments": "trajectory program observer parameterization noise conditioning backends "
+    "solvers.*",
+    "memory.*": "_ops adjoint arguments noise parameterization program reference replay solvers.* "
+    "trajectory memory.*",
     "sample": "*",
     "iteration": "*",
-    "optimize": "sample journal observer parameterization replay noise",
+    "optimize": "arguments sample journal observer parameterization replay noise",
     "integrations.*": "* integrations.*",
     "gradient_flow": "*",
     "models.*": "models.*",
     "picture": "models",
+    "chart": "memory.*",
     "demo": "* models.* picture optimize",
-    "cli": "* demo gradient_flow",
+    "cli": "* chart demo gradient_flow models.*",
     "__main__": "cli",
     "kernels.*": "kernels.*",
 }
-NOT_BY_STAR = {"optimize", "journal", "demo", "cli", "picture", "models", "gradient_flow"}
-NOT_BY_STAR |= {"integrations", "kernels", "_ops"}
+NOT_BY_STAR = {"optimize", "journal", "demo", "cli", "chart", "picture", "models"}
+NOT_BY_STAR |= {"gradient_flow", "integrations", "kernels", "_ops"}
 NO_CHECKS = {"_checks", "_version", "replay", "generators", "models.*", "kernels.*", "__main__"}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
@@ -76,7 +80,11 @@ THIRD_PARTY = {
     "integrations.*": {"numpy", "tqdm"},
     "kernels.*": {"triton"},
 }
-THIRD_PARTY_IN_FUNCTIONS = {"picture": {"matplotlib"}, "backends": {"triton"}}
+THIRD_PARTY_IN_FUNCTIONS = {
+    "picture": {"matplotlib"},
+    "chart": {"matplotlib"},
+    "backends": {"triton"},
+}
 
 
 class Import(NamedTuple):

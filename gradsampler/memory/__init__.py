@@ -2,31 +2,38 @@
 """Memory strategies by name: what a run keeps for its backward pass."""
 
 from gradsampler.memory import named
+from gradsampler.memory.auto import Auto
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.frozen import freeze
 from gradsampler.memory.named import names
 from gradsampler.memory.offload import Offload
+from gradsampler.memory.plan import Plan, plan
+from gradsampler.memory.predictor import Row
 from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
 from gradsampler.memory.truncated import Truncated
 
 __all__ = [
+    "Auto",
     "Checkpoint",
     "Memory",
     "Offload",
+    "Plan",
     "Reversible",
     "Revolve",
+    "Row",
     "Store",
     "Truncated",
     "freeze",
     "names",
+    "plan",
     "resolve",
 ]
 
 
 def resolve(memory: str | Memory) -> Memory:
-    """The strategy for a name or an object; "auto" is checkpoint."""
+    """The strategy for a name of `names()`, "revolve:8", "truncated:4", or an object."""
     steps = named.number(memory, "truncated")
     return named.exact("memory", memory, ["truncated:4"]) if steps is None else Truncated(steps)

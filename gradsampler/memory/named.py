@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from gradsampler import _checks
+from gradsampler.memory.auto import Auto
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.offload import Offload
@@ -13,7 +14,7 @@ from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
 
 _REGISTRY: dict[str, type[Memory]] = {
-    "auto": Checkpoint,
+    "auto": Auto,
     "store": Store,
     "checkpoint": Checkpoint,
     "offload": Offload,

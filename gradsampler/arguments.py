@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of a run, checked: as a program, and as a trajectory that only misses z0."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsampler import _checks, backends, solvers
+from gradsampler.conditioning import Conditioning
+from gradsampler.noise import NoiseSource, Off, SignedRoll
+from gradsampler.observer import Observer
+from gradsampler.parameterization import Parameterization, model_dtype, parameterize
+from gradsampler.program import Program
+from gradsampler.solvers import Churn, Solver
+from gradsampler.trajectory import Trajectory
+
+Denoiser = Callable[..., Tensor]
+
+
+def record(
+    denoiser: Parameterization | Denoiser,
+    sigmas: Tensor | Sequence[float],
+    *,
+    solver: str | Solver = "euler",
+    prediction: str = "x0",
+    churn: Churn | None = None,
+    eta: float | None = None,
+    s_noise: float = 1.0,
+    final_denoise: bool = False,
+) -> tuple[Program, Parameterization]:
+    """The program of a solver around a denoiser; the arguments are those of `sample`."""
+    model = parameterize(denoiser, prediction)
+    levels = checked_levels(sigmas, flow=prediction == "flow")
+    method = solvers.resolve(solver, eta, s_noise)
+    _check_solver(method, churn, flow=prediction == "flow")
+    return method.program(levels, model, churn=churn, final_denoise=final_denoise), model
+
+
+def trajectory(
+    program: Program,
+    model: Parameterization,
+    z0: Tensor,
+    *,
+    noise: NoiseSource | None = None,
+    cond: Mapping[str, Any] | None = None,
+    state_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Trajectory:
+    """All that a run from ``z0`` needs beside it; the arguments are those of `sample`.
+
+    Nobody looks on.
+    """
+    source = _noise(noise, program, z0)
+    if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
+        _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
+    if state_dtype is not None and not state_dtype.is_floating_point:
+        _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
+    state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
+    return Trajectory(
+        program,
+        model,
+        source,
+        Conditioning(cond),
+        backends.choose(backend, z0.device),
+        state,
+        model_dtype(model, z0),
+        Observer(program),
+    )
+
+
+def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
+    """The noise levels in float64 on the CPU, checked."""
+    if not isinstance(sigmas, Tensor):
+        try:
+            sigmas = torch.tensor(sigmas, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            _checks.fail_type("sigmas", "be a tensor or a list of numbers", sigmas)
+    if sigmas.is_meta or sigmas.is_complex() or sigmas.dtype == torch.bool:
+        got = f"{sigmas.dtype} on {sigmas.device}"
+        _checks.fail("sigmas", "be real numbers with values", got)
+    levels = sigmas.to("cpu", torch.float64)
+    if levels.ndim != 1 or len(levels) < 2:
+        _checks.fail("sigmas", "have shape [N+1] with N >= 1 steps", list(levels.shape))
+    values: list[float] = levels.tolist()
+    if not bool(torch.isfinite(levels).all()):
+        _checks.fail("sigmas", "be finite", values)
+    for i, (s, t) in enumerate(pairwise(values)):
+        if not s > t:
+            _checks.fail("sigmas", "decrease strictly", f"sigmas[{i}] = {s}, sigmas[{i + 1}] = {t}")
+    if values[-1] < 0:
+        _checks.fail("sigmas", "be at least 0", f"sigmas[-1] = {values[-1]}")
+    if flow and values[0] > 1:
+        _checks.fail("sigmas", "be flow times of at most 1", f"sigmas[0] = {values[0]}")
+    return levels
+
+
+def _check_solver(solver: Solver, churn: Churn | None, *, flow: bool) -> None:
+    if churn is not None and not isinstance(churn, Churn):
+        _checks.fail_type("churn", "be a gradsampler.Churn or None", churn)
+    name = type(solver).__name__
+    if churn is not None and (flow or solver.stochastic):
+        why = "flow time" if flow else f"{name}, which injects noise of its own"
+        _checks.fail("churn", f"be None with {why}", churn)
+    if flow and not solver.flow:
+        known = ", ".join(solvers.names(flow=True))
+        _checks.fail("solver", f"be defined in flow time ({known})", name)
+
+
+def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSource:
+    """The noise source of the run, checked against its injections."""
+    if noise is not None and not isinstance(noise, NoiseSource):
+        _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
+    steps = list(dict.fromkeys(injection.step for injection in program.injections))
+    if noise is None:
+        noise = SignedRoll(seed=0) if steps else Off()
+    elif not steps and not isinstance(noise, Off):
+        warnings.warn(
+            f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
+            "window that covers levels of the run, or take a stochastic solver with eta > 0",
+            stacklevel=5,
+        )
+    return noise.prepare(z0, steps)

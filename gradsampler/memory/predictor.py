@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rehearsals of a run to what each strategy will take."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from gradsampler.memory import capacity
+from gradsampler.memory.base import Memory
+from gradsampler.memory.checkpoint import Checkpoint
+from gradsampler.memory.footprint import Footprint
+from gradsampler.memory.offload import Offload
+from gradsampler.memory.rehearsal import Cost, Rehearsal
+from gradsampler.memory.revolve import Revolve
+from gradsampler.memory.store import Store
+from gradsampler.program import Program
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy's prediction."""
+
+    name: str  # as `memory=` takes it
+    memory: Memory
+    peak: int  # bytes on the device of z0, beyond what is there before the run
+    host: int  # bytes in the host's memory, for a run on another device
+    evaluations: float  # calls for each evaluation of the run, that one included
+    factor: float  # time of run and backward over that of `Store`
+    seconds: float  # of run and backward
+    fits: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether it gives the gradient of the run."""
+        return self.memory.exact
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Makes rows of rehearsals of one program."""
+
+    program: Program
+    footprint: Footprint
+    converted: bool
+    budget: int
+
+    def rows(self, *, away: bool) -> Iterator[Row]:
+        """A row a strategy, the fastest first; ``away`` is a device other than the host."""
+        yield self._row("store", Store(), self._rehearsal().store())
+        yield self._row("checkpoint", Checkpoint(), self._rehearsal().checkpoint())
+        if away:
+            yield self._row("offload", Offload(), self._rehearsal().offload())
+        # The peak grows with the slots, but for a state here and there that two snapshots share: a
+        # bisection ends where one number fits and the next does not.
+        counts = range(1, self.most_slots() + 1)
+        fitting = bisect_right(counts, False, key=lambda slots: not self.revolve(slots).fits)
+        yield self.revolve(max(1, fitting))
+
+    def most_slots(self) -> int:
+        """The number of slots from which on more bring nothing."""
+        return max(1, len(self.program.evaluations) - 1)
+
+    def revolve(self, slots: int) -> Row:
+        """The row of revolve with a number of slots."""
+        cost = self._rehearsal().revolve(slots)
+        return self._row(f"revolve:{slots}", Revolve(slots), cost)
+
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.program, self.footprint, converted=self.converted)
+
+    def _row(self, name: str, memory: Memory, cost: Cost) -> Row:
+        count = len(self.program.evaluations)
+        evaluations = cost.calls / count
+        forward, backward = self.footprint.forward_seconds, self.footprint.backward_seconds
+        step = evaluations * forward + backward
+        factor = step / (forward + backward)
+        fits = cost.peak <= self.budget
+        if cost.host:
+            left = capacity.free(torch.device("cpu"))
+            fits = fits and (left is None or cost.host <= left)
+        return Row(name, memory, cost.peak, cost.host, evaluations, factor, count * step, fits)

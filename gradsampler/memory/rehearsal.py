@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run and its backward with sizes in place of tensors: what each strategy has alive at most.
+
+It follows `Trajectory.execute`, `Adjoint` and the strategies instruction by instruction, and says
+what these hold at the time of each model call.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from checkpoint_schedules import (
+    Copy,
+    EndForward,
+    Forward,
+    Move,
+    MultistageCheckpointSchedule,
+    Reverse,
+)
+
+from gradsampler.memory.footprint import Footprint
+from gradsampler.memory.heap import Block, Heap, Table, copied, shared
+from gradsampler.program import (
+    Absorption,
+    Descent,
+    Evaluation,
+    Program,
+    Pullback,
+    Slot,
+    Stage,
+    fused,
+    transpose,
+)
+
+# Bytes an element of signs in plain torch, which transposes the injection that ends a run; kernels
+# transpose the others.
+_SIGNS = 24
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run and its backward take with one strategy."""
+
+    peak: int  # bytes on the device, beyond what was there before the run
+    host: int  # bytes in the host's memory where the run is on another device
+    calls: int  # evaluations of the model, those of the run included
+
+
+Evaluate = Callable[[Block], Sequence[Block]]
+
+
+class Rehearsal:
+    """One run, and one backward of it, from nothing.
+
+    Args:
+        program: what is run.
+        footprint: of one of its evaluations; all are taken to be alike.
+        converted: whether z0 has another dtype than the state.
+    """
+
+    def __init__(self, program: Program, footprint: Footprint, *, converted: bool = False) -> None:
+        self._program, self._footprint = program, footprint
+        self._evaluations, instructions = program.evaluations, program.instructions
+        self._starts = [k for k, i in enumerate(instructions) if isinstance(i, Evaluation)]
+        self._starts.append(len(instructions))
+        self._heap, self._calls = Heap(), 0
+        if converted:
+            self._heap.new(footprint.state)
+
+    def store(self) -> Cost:
+        """Plain autograd: everything that the calls keep."""
+        cost, graphs = self._footprint, list[list[Block]]()
+        learned = self._program.coefficients.requires_grad  # then the stages keep what they read
+
+        def evaluate(x: Block) -> Sequence[Block]:
+            outputs, kept = self._called(), [self._heap.new(cost.activations)]
+            if cost.keeps_input:
+                kept.append(self._heap.new(cost.model_input) if cost.model_input else shared(x))
+            if learned:
+                kept.append(shared(x))
+            if learned or cost.keeps_outputs:
+                kept += map(shared, outputs)
+            graphs.append(kept)
+            return outputs
+
+        self._execute({}, 0, self._starts[-1], evaluate)
+        self._transposed(graphs.pop)
+        return self._cost()
+
+    def checkpoint(self) -> Cost:
+        """All states, one call's activations."""
+        states: list[Block] = []
+
+        def evaluate(x: Block) -> Sequence[Block]:
+            states.append(shared(x))
+            return self._called()
+
+        self._execute({}, 0, self._starts[-1], evaluate)
+        self._transposed(self._again)
+        return self._cost()
+
+    def offload(self) -> Cost:
+        """All states on the host, two on their way."""
+        states: deque[Block] = deque()
+
+        def evaluate(x: Block) -> Sequence[Block]:
+            while len(states) >= 2:
+                self._heap.drop(states.popleft())
+            states.append(shared(x))
+            return self._called()
+
+        self._execute({}, 0, self._starts[-1], evaluate)
+        while states:
+            self._heap.drop(states.popleft())
+        self._heap.new(2 * self._footprint.state)  # the one that is worked on and the one before it
+        self._transposed(self._again)
+        return self._cost(host=self._footprint.state * (len(self._starts) - 1))
+
+    def revolve(self, slots: int) -> Cost:
+        """Snapshots, at most ``slots`` at a time, by the schedule of `memory.Revolve`."""
+        schedule = iter(MultistageCheckpointSchedule(len(self._starts) - 1, slots, 0))
+        snapshots: dict[int, Table] = {}
+        work: Table = {}
+        taped: list[Block] = []
+
+        def advance(action: Forward) -> None:
+            if action.write_ics:
+                snapshots[action.n0] = copied(work)
+            start, stop = self._starts[action.n0], self._starts[action.n1]
+            self._execute(work, start, stop, lambda _: self._called())
+
+        def tape(x: Block) -> Sequence[Block]:
+            outputs = self._called()
+            taped.extend([shared(x), *map(shared, outputs), self._heap.new(self._graph())])
+            return outputs
+
+        def again() -> list[Block]:
+            for action in schedule:
+                if isinstance(action, (Copy, Move)):
+                    work.update(copied(snapshots[action.n]))
+                    if isinstance(action, Move):
+                        self._heap.clear(snapshots.pop(action.n))
+                elif isinstance(action, Forward) and action.write_adj_deps:
+                    for output in tape(work[self._evaluations[action.n0].state]):
+                        self._heap.drop(output)
+                    self._heap.clear(work)
+                elif isinstance(action, Forward):
+                    advance(action)
+                elif isinstance(action, Reverse):
+                    break
+            call = taped.copy()
+            taped.clear()
+            return call
+
+        self._execute(work, 0, self._starts[0], lambda _: ())
+        for action in schedule:
+            if isinstance(action, EndForward):
+                break
+            if isinstance(action, Forward) and not action.write_adj_deps:
+                advance(action)
+        self._execute(work, self._starts[-2], self._starts[-1], tape)
+        work.clear()  # but for the output, which stays to the end
+        self._transposed(again)
+        return self._cost()
+
+    def _cost(self, host: int = 0) -> Cost:
+        return Cost(self._heap.peak, host, self._calls)
+
+    def _execute(self, slots: Table, start: int, stop: int, evaluate: Evaluate) -> None:
+        """As `Trajectory.execute`; z0 was there before."""
+        instructions, last_reads = self._program.instructions, self._program.dead
+        for instruction, dead in zip(instructions[start:stop], last_reads[start:stop], strict=True):
+            if isinstance(instruction, Stage):
+                slots[instruction.writes] = self._heap.new(self._footprint.state)
+                if len(instruction.injections) > 1:  # a launch more
+                    self._heap.touch(self._footprint.state)
+            elif isinstance(instruction, Evaluation):
+                outputs = evaluate(slots[instruction.state])
+                slots.update(zip(instruction.writes, outputs, strict=True))
+            self._heap.clear(slots, dead)
+
+    def _transposed(self, again: Callable[[], list[Block]]) -> None:
+        """As `Adjoint._transposed`; ``again`` makes what is alive of the next call to pull back."""
+        cost, cot = self._footprint, Table()
+        cot[self._program.output] = shared(self._heap.new(cost.state))  # its caller keeps it too
+        self._heap.new(cost.state)  # dz0
+        gathered, transposed = 0, fused(transpose(self._program))
+        for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
+            if isinstance(instruction, Pullback):
+                call = again()
+                self._heap.touch(cost.backward_peak - cost.held)
+                for block in call:
+                    self._heap.drop(block)
+                cot[instruction.writes] = self._heap.new(cost.model_input or cost.state)
+                if gathered:  # the new ones, and one sum at a time
+                    self._heap.touch(cost.gradients + cost.largest_gradient)
+                self._heap.new(cost.gradients - gathered)
+                gathered = cost.gradients
+            elif isinstance(instruction, Absorption):
+                self._heap.touch(cost.state + _SIGNS * cost.elements)
+            else:
+                for slot in _written(instruction):
+                    if slot.kind != "c":
+                        cot[slot] = self._heap.new(self._size(slot))
+                if isinstance(instruction, Descent) and len(instruction.absorptions) > 1:
+                    self._heap.touch(cost.state + _SIGNS * cost.elements)
+            self._heap.clear(cot, dead)
+
+    def _called(self) -> list[Block]:
+        """A call of which the outputs stay."""
+        self._calls += 1
+        self._heap.touch(self._footprint.forward_peak)
+        return [self._heap.new(size) for size in self._footprint.outputs]
+
+    def _again(self) -> list[Block]:
+        """A call made again on a state that is there, with its graph."""
+        return [*self._called(), self._heap.new(self._graph())]
+
+    def _graph(self) -> int:
+        """Bytes of a call with its graph, without the outputs."""
+        return max(0, self._footprint.held - sum(self._footprint.outputs))
+
+    def _size(self, slot: Slot) -> int:
+        return self._footprint.outputs[slot.branch] if slot.kind == "d" else self._footprint.state
+
+
+def _written(instruction: object) -> Iterator[Slot]:
+    if isinstance(instruction, Descent):
+        yield instruction.state.writes
+        if instruction.output is not None:
+            yield instruction.output.writes
+    elif isinstance(instruction, Stage):
+        yield instruction.writes
