@@ -23,7 +23,6 @@ Rows = list[dict[str, str]]
 Sample = Callable[[str, int], Tensor]  # from a solver and a number of evaluations
 REVERSIBLE = "midpoint_reversible"
 SOLVERS = ("euler", "heun", "dpmpp_2m", REVERSIBLE)
-CALLS = (32, 128)
 
 
 def add(
@@ -67,11 +66,11 @@ def sampler(denoiser: object, shape: tuple[int, ...], **options: object) -> Samp
     return sample
 
 
-def errors(table: Rows, problem: str, sample: Sample, fine: int) -> None:
+def errors(table: Rows, problem: str, sample: Sample, fine: int, counts: tuple[int, ...]) -> None:
     """Errors of the solvers, and the worst sample's."""
     exact = sample("heun", fine)
     shape = "x".join(map(str, exact.shape))
-    for calls in CALLS:
+    for calls in counts:
         for solver in SOLVERS:
             found = (sample(solver, calls) - exact).flatten(1).norm(dim=1)
             where = f"{shape} {calls} calls"
@@ -81,17 +80,19 @@ def errors(table: Rows, problem: str, sample: Sample, fine: int) -> None:
             add(table, solver, where, "float64", f"largest error on {problem}", "1", worst)
 
 
-def accuracy(table: Rows, batch: int, fine: int, scales: tuple[float, ...]) -> None:
+def accuracy(
+    table: Rows, batch: int, fine: int, counts: tuple[int, ...], scales: tuple[float, ...]
+) -> None:
     """On a closed form, on the shipped model, and on that under guidance."""
-    errors(table, "400 digits", sampler(SmoothedDigits(400), (batch, 64)), fine)
+    errors(table, "400 digits", sampler(SmoothedDigits(400), (batch, 64)), fine, counts)
     network = models.load_network().double()
     shape, label = (batch, 1, 8, 8), torch.arange(batch) % 10
     denoiser = gs.EDM(network, network.sigma_data)
-    errors(table, "the model", sampler(denoiser, shape, cond={"label": label}), fine)
+    errors(table, "the model", sampler(denoiser, shape, cond={"label": label}), fine, counts)
     for scale in scales:
         guided = gs.Guided(denoiser, scale, {"label": torch.full_like(label, 10)})
         sample = sampler(guided, shape, cond={"label": label})
-        errors(table, f"the model, guidance {scale:g}", sample, fine)
+        errors(table, f"the model, guidance {scale:g}", sample, fine, counts)
 
 
 def spread(table: Rows, count: int, etas: tuple[float, ...]) -> None:
@@ -139,7 +140,9 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="small sizes, writes nothing")
     small = parser.parse_args().rehearse
     table: Rows = []
-    accuracy(table, *((2, 4, (7.5,)) if small else (64, 2000, (1.0, 3.0, 7.5, 15.0))))
+    accuracy(
+        table, *((2, 4, (2,), (7.5,)) if small else (64, 2000, (32, 128), (1.0, 3.0, 7.5, 15.0)))
+    )
     spread(table, *((1, (0.05,)) if small else (100, (0.05, 0.0954, 0.15, 0.186, 0.3, 0.4))))
     times(table, *((1, 1, 2) if small else (25, 64, 64)))
     if small:

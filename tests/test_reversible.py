@@ -229,7 +229,7 @@ def test_every_prediction(dtype, final_denoise, name):
     sigmas = leaf(options.pop("sigmas", SIGMAS))
     options |= {"final_denoise": final_denoise}
     inputs = [z0, *net.parameters(), *([sigmas] if dtype == torch.float64 else [])]
-    # The loss is the sine of samples up to 20: in float32 both are off from float64 by 4e-6 and more.
+    # The loss is the sine of samples up to 20: in float32 both are off from float64 by 4e-6.
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert_as_stored(inputs, lambda memory: run(denoiser, z0, sigmas, memory, **options), tolerance)
 
