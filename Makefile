@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The folder kernels/ must not hide an installed package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test lint bench bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
+.PHONY: demo test lint bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
@@ -22,6 +22,9 @@ lint: $(VENV)/.tested
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
+
+bench-reversible: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/reversible.py
 
 bench-cpu: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/step_cpu.py

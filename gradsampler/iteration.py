@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.memory import Memory
+from gradsampler.memory import Memory, Reversible, resolve
 from gradsampler.observer import StepInfo
 from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.program import Program, Recorder
@@ -101,6 +101,13 @@ def iterate(
     """
     x = _checks.batched("x", x)
     step_map = StepMap(step)
+    if isinstance(resolve(memory), Reversible):
+        _checks.fail(
+            "memory",
+            "be a strategy for any step map",
+            "'reversible', which has to undo the steps",
+            "take memory='checkpoint'",
+        )
     return integrate(
         program(step_map, _checks.integer("num_steps", num_steps, 1)),
         step_map,

@@ -10,6 +10,7 @@ The last word of the counter names the use, so that no two uses share a block:
 """
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,22 +23,24 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 NORMALS, SIGNS, OFFSETS = 0, 1, 2
 
+Word = TypeVar("Word", int, Tensor)
 
-def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+
+def _mul_hi_lo(a: int, b: Word) -> tuple[Word, Word]:
     # The int64 product wraps, but its 64 bits are those of the unsigned product.
     product = a * b
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, ...]:
     """The ten rounds of Philox4x32 (Salmon et al. 2011, section 4.2).
 
     Args:
-        counter: four int64 tensors of one shape, each holding 32-bit words.
+        counter: four int64 tensors of one shape, each holding 32-bit words; or four ints.
         seed: the 64-bit key; its low word is the first key word.
 
     Returns:
-        Four int64 tensors of that shape, each holding 32-bit words.
+        Four int64 tensors of that shape, each holding 32-bit words; or four ints.
 
     Example:
         >>> import torch
@@ -102,7 +105,5 @@ def offset(size: int, step: int, seed: int) -> int:
     """A random roll offset in 1 .. size-1 for one step, the same for every sample."""
     if size < 2:
         _checks.fail("SignedRoll: z0", "hold at least 2 elements a sample", size)
-    zero = torch.zeros((), dtype=torch.int64)
-    words = _words(zero, 0, step, OFFSETS, seed)
-    low, high = int(words[0]), int(words[1])
+    low, high, _, _ = philox4x32((0, 0, step, OFFSETS), seed)  # of ints: no launch for a number
     return 1 + (low + (high << 32)) % (size - 1)

@@ -49,6 +49,14 @@ def test_main_job_benchmark_rehearses():
         assert part in done.stdout
 
 
+def test_reversible_benchmark_rehearses():
+    done = run("benchmarks/reversible.py", "--rehearse", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for part in ("error on 400 digits", "guidance 7.5", "SignedRoll eta", "time over checkpoint"):
+        assert part in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("rehearsed")
+
+
 def test_rows_are_appended_with_their_circumstances(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import rows

@@ -28,7 +28,6 @@ class Leap(NamedTuple):
 
     stage: Stage
     terms: Terms  # the stage's without the state before the last
-    carries: bool  # whether there is such a state
     scale: float  # A
 
 
@@ -39,10 +38,10 @@ class FixedPoint(NamedTuple):
     bits: int
 
     @classmethod
-    def holding(cls, reach: float) -> "FixedPoint":
-        """The format for values up to ``reach``, with the finest unit that it leaves."""
+    def holding(cls, reach: float, dtype: torch.dtype) -> "FixedPoint":
+        """The format for values up to ``reach``, as fine as it can be for states of ``dtype``."""
         above = math.ceil(math.log2(reach)) + _MARGIN
-        if above + _USUAL <= 30:
+        if above + _USUAL <= 30 and dtype != torch.float64:
             return cls(torch.int32, 30 - above)
         if above + _LEAST <= 62:
             return cls(torch.int64, 62 - above)
@@ -82,19 +81,20 @@ class Leapfrog:
                     return cls(_scaled(leaps, ratios), stage)
                 if j >= 2:
                     return None
-            leaps.append(Leap(stage, terms, j >= 2, 1.0))
+            leaps.append(Leap(stage, terms, 1.0))
             ratios.append(ratio)
         return cls(_scaled(leaps, ratios), None)
 
-    def format(self, program: Program, amplitude: float, reach: float) -> FixedPoint:
-        """Integers for samples up to ``amplitude`` under noise up to ``reach``."""
+    def format(
+        self, program: Program, amplitude: float, reach: float, dtype: torch.dtype
+    ) -> FixedPoint:
+        """Integers for states of ``dtype``: samples up to ``amplitude``, noise up to ``reach``."""
         numbers: list[float] = program.coefficients.tolist()
         levels = [numbers[evaluation.sigma] for evaluation in program.evaluations]
         levels = [*levels, levels[-1]][: len(self.leaps)]
         sizes = (amplitude + level * reach for level in levels)
-        return FixedPoint.holding(
-            max(size / leap.scale for size, leap in zip(sizes, self.leaps, strict=True))
-        )
+        largest = max(size / leap.scale for size, leap in zip(sizes, self.leaps, strict=True))
+        return FixedPoint.holding(largest, dtype)
 
 
 def _latest(evaluation: Evaluation) -> set[Slot]:

@@ -28,10 +28,10 @@ class Reversible(Memory):
     very state that was there: the gradient is that of the run, with rounding counted as identity,
     however many steps there are. Backward calls the model once more a step, as with `Checkpoint`.
 
-    The integers have 32 bits where these hold the run with 20 bits below one, and else 64. The
-    denoiser must give the same bits again: on a GPU that may need
+    The integers have 32 bits where these hold the run with 20 bits below one, and 64 for a longer
+    range or a state in float64. The denoiser must give the same bits again: on a GPU that may need
     ``torch.use_deterministic_algorithms(True)``. Its last output is compared before anything is
-    undone, and the first state in the end.
+    undone, and in the end nothing may be left of the states.
 
     A second backward through the same run (``retain_graph=True``) runs forward once more.
 
@@ -59,12 +59,13 @@ class Reversible(Memory):
                 "memory",
                 "fit the run",
                 "'reversible' with steps that cannot be undone",
-                "take solver='midpoint_reversible', without final_denoise at level 0, or "
-                "memory='checkpoint'",
+                "take solver='midpoint_reversible', with eta of at most 1 and no final_denoise at "
+                "level 0, or memory='checkpoint'",
             )
         reach = z0.detach().abs().max().item() if z0.numel() else 0.0
         reach = max(reach, 8.0) if reach < torch.inf else 8.0
-        pair = Pair(trajectory, scheme, scheme.format(trajectory.program, self.amplitude, reach))
+        unit = scheme.format(trajectory.program, self.amplitude, reach, trajectory.state_dtype)
+        pair = Pair(trajectory, scheme, unit)
         if not torch.is_grad_enabled():
             return pair.forward(z0, trajectory, _plain(trajectory))
         adjoint = _Reversing(trajectory, pair, z0)
@@ -103,6 +104,7 @@ class Pair:
         slots = {Z0: z0}
         for evaluation in self._evaluations:
             x, scaled = self._advance(slots, z0)
+            slots.clear()  # before the model needs the room
             trajectory.observer.evaluating(evaluation)
             outputs = evaluate(evaluation, x, scaled)
             trajectory.observer.evaluated(evaluation, x, outputs)
@@ -127,15 +129,20 @@ class Pair:
     def undo(self, j: int, slots: dict[Slot, Tensor], z0: Tensor) -> None:
         """Takes back what followed from evaluation ``j``, given its state and outputs."""
         if self._newest == j + 1:
-            if self._leaps[j + 1].carries:
-                self._leap(j + 1, self._newer, slots, z0, sign=-1)
+            self._leap(j + 1, self._newer, slots, z0, sign=-1)
             self._older, self._newer, self._newest = self._newer, self._older, j
 
     def returned(self, z0: Tensor) -> bool:
-        """Whether the first state is again what it was."""
-        start = torch.zeros_like(self._newer)
-        self._leap(0, start, {Z0: z0}, z0, sign=1)
-        return torch.equal(self._newer, start)
+        """Undoes the first state, and tells whether nothing is left, as before the run.
+
+        Both states count: steps map pairs one to one, so a pair that was off stays off.
+        """
+        self._leap(0, self._newer, {Z0: z0}, z0, sign=-1)
+        return not bool((self._newer | self._older).any())
+
+    def free(self) -> None:
+        """Lets go of the states."""
+        self._older = self._newer = torch.empty(0)
 
     def _advance(self, slots: dict[Slot, Tensor], z0: Tensor) -> tuple[Tensor, Tensor | None]:
         """The next state, in the place of the state before the last, and the model's input."""
@@ -212,9 +219,12 @@ class _Reversing(Adjoint):
             if not self._there:
                 self._pair.forward(self._z0, self._silent, self._replay)
             self._there = False
-            gradients = super().backward(lam, kept, wants_z0)
-            if not self._pair.returned(self._z0):
-                _differs("some step")
+            try:
+                gradients = super().backward(lam, kept, wants_z0)
+                if not self._pair.returned(self._z0):
+                    _differs("some step")
+            finally:
+                self._pair.free()
         return gradients
 
     def _replay(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
@@ -244,8 +254,10 @@ def _digest(outputs: Sequence[Tensor]) -> Tensor:
     """One int64 that another output would hardly have as well, bit for bit."""
     total = torch.zeros((), dtype=torch.int64, device=outputs[0].device)
     for output in outputs:
-        bits = output.detach().view(_INTEGERS[output.element_size()]).to(torch.int64)
-        total = 31 * total + (bits * (bits + 0x5851F42D4C957F2D)).sum()
+        bits = output.detach().flatten().view(_INTEGERS[output.element_size()])
+        for part in bits.split(2**20):  # of the whole, the wide integers would be several states
+            wide = part.to(torch.int64)
+            total = 31 * total + (wide * (wide + 0x5851F42D4C957F2D)).sum()
     return total
 
 

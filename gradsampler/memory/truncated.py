@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsampler import _checks
 from gradsampler.memory import named
 from gradsampler.memory.base import Memory
+from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.store import Store
 from gradsampler.program import Z0, Evaluation, Program, Slot, Stage
 from gradsampler.trajectory import Trajectory
@@ -35,7 +36,8 @@ class Truncated(Memory):
 
     Args:
         steps: how many, at least 1; a final denoising belongs to the last one.
-        inner: the memory of these steps, a name of `memory.names()` or an object.
+        inner: the memory of these steps, a name of `memory.names()` or an object, but not
+            `Reversible`, which needs the whole run.
     """
 
     steps: int
@@ -44,7 +46,8 @@ class Truncated(Memory):
 
     def __post_init__(self) -> None:
         _checks.integer("Truncated: steps", self.steps, 1)
-        if isinstance(named.exact("Truncated: inner", self.inner), Truncated):
+        if isinstance(named.exact("Truncated: inner", self.inner), Truncated | Reversible):
+            # The last steps alone start from states that no subtraction leads back to.
             _checks.fail("Truncated: inner", "be another strategy", repr(self.inner))
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
