@@ -60,6 +60,20 @@ GS_FN T sin_half_turns(T z, T hi, T lo, T phase) {
   return Round<T>::flip(Round<T>::flip(sin_pi(f - (v - Round<T>::magic())), u), v);
 }
 
+// The same where the result is rounded to 16 bits: off by 1e-6 and by 4e-7 of the argument.
+GS_FN float sin_half_turns_coarse(float z, float hi, float phase) {
+  const float t = mul_add(z, hi, phase), u = t + Round<float>::magic();
+  const float f = t - (u - Round<float>::magic());
+  // Beyond 2^22 half turns |f| may be over 1/2. As an integer, because GCC knows no minimum of floats.
+  const uint32_t square = bits_of(f * f), quarter = bits_of(0.25f);
+  const float y = from_bits(square < quarter ? square : quarter);
+  float p = -0.558396049f;
+  p = mul_add(p, y, 2.54360496f);
+  p = mul_add(p, y, -5.16736781f);
+  p = mul_add(p, y, 3.1415897f);
+  return Round<float>::flip(p * f, u);
+}
+
 // ---- sincos noise (MATH.md (4)) -----------------------------------------------------------
 
 template <class T>
@@ -87,6 +101,14 @@ inline Wave<T> make_wave(double weight, double gain, double rate, double amplitu
 template <class T>
 GS_FN T wave_value(const Wave<T>& w, T z) {
   return mul_add(w.gain, z, w.amplitude * sin_half_turns(z, w.hi, w.lo, w.phase));
+}
+// sum + wave_value
+template <class T>
+GS_FN T add_wave(T sum, const Wave<T>& w, T z) {
+  return mul_add(w.amplitude, sin_half_turns(z, w.hi, w.lo, w.phase), mul_add(w.gain, z, sum));
+}
+GS_FN float add_wave_coarse(float sum, const Wave<float>& w, float z) {
+  return mul_add(w.amplitude, sin_half_turns_coarse(z, w.hi, w.phase), mul_add(w.gain, z, sum));
 }
 template <class T>
 GS_FN T wave_slope(const Wave<T>& w, T z) {

@@ -3,11 +3,12 @@
 
 GS_FN float widen_bf16(uint16_t h) { return from_bits(uint32_t(h) << 16); }
 
-GS_FN uint16_t narrow_bf16(float x) {
-  const uint32_t b = bits_of(x);
-  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-  return uint16_t((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u | (b >> 16) : rounded);
+// The upper half is the nearest bfloat16, ties to even; the lower half is left over. NaN stays NaN.
+GS_FN uint32_t rounded_bf16(float x) {
+  const uint32_t b = bits_of(x), rounded = b + 0x7fffu + ((b >> 16) & 1u);
+  return x != x ? b | 0x400000u : rounded;
 }
+GS_FN uint16_t narrow_bf16(float x) { return uint16_t(rounded_bf16(x) >> 16); }
 
 // Scaling by 2^112 moves half's exponent bias to float's and makes its subnormals normal.
 GS_FN float widen_f16(uint16_t h) {

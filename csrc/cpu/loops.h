@@ -13,54 +13,104 @@ namespace GS_LEVEL {
 
 #include "convert.h"
 
-// How an element lies in memory: in the compute type, or in bfloat16.
+// How elements lie in memory: a word holds kLanes of them, and the loops take a word at a time.
 template <class T>
 struct Plain {
-  using Stored = T;
-  static GS_FN T get(T x) { return x; }
-  static GS_FN T put(T x) { return x; }
+  using Word = T;
+  using Element = T;
+  static constexpr int kLanes = 1;
+  template <int Lane>
+  static GS_FN T get(T word) { return word; }
+  static GS_FN T put(T value) { return value; }
+  static GS_FN T add_wave(T sum, const Wave<T>& w, T z) { return gs::add_wave(sum, w, z); }
 };
+// Two in 32 bits: a half becomes a float by a shift or a mask, where single elements would have to be
+// unpacked and packed again, at the cost of the whole sine.
 struct BFloat16 {
-  using Stored = uint16_t;
-  static GS_FN float get(uint16_t x) { return widen_bf16(x); }
-  static GS_FN uint16_t put(float x) { return narrow_bf16(x); }
+  typedef uint32_t __attribute__((aligned(2), may_alias)) Word;
+  using Element = uint16_t;
+  static constexpr int kLanes = 2;
+  template <int Lane>
+  static GS_FN float get(uint32_t word) { return from_bits(Lane ? word & 0xffff0000u : word << 16); }
+  static GS_FN uint32_t put(float low, float high) {
+    return (rounded_bf16(low) >> 16) | (rounded_bf16(high) & 0xffff0000u);
+  }
+  static GS_FN uint32_t put(float low) { return rounded_bf16(low) >> 16; }
+  static GS_FN float add_wave(float sum, const Wave<float>& w, float z) {
+    return add_wave_coarse(sum, w, z);
+  }
+};
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
+
+template <int Lane>
+struct InLane {
+  static constexpr int lane = Lane;
 };
 
-template <class T, int K, class S>
-GS_FN T weighted_sum(const typename S::Stored* const* x, const T* c, int64_t i) {
-  T sum = c[0] * S::get(x[0][i]);
+// out[i] = value(words of the inputs, i, lane of element i)
+template <class S, int Inputs, class F>
+GS_FN void map_elements(void* to, const void* const (&from)[Inputs], int64_t n, const F& value) {
+  using Word = typename S::Word;
+  using Element = typename S::Element;
+  Word* out = (Word*)to;
+  const Word* in[Inputs];
+  for (int k = 0; k < Inputs; ++k) in[k] = (const Word*)from[k];
+  if constexpr (S::kLanes == 1) {
+    GS_LOOP for (int64_t i = 0; i < n; ++i) {
+      Word w[Inputs];
+      GS_UNROLL for (int k = 0; k < Inputs; ++k) w[k] = in[k][i];
+      out[i] = S::put(value(w, i, InLane<0>()));
+    }
+  } else {
+    const int64_t pairs = n / 2;
+    GS_LOOP for (int64_t i = 0; i < pairs; ++i) {
+      Word w[Inputs];
+      GS_UNROLL for (int k = 0; k < Inputs; ++k) w[k] = in[k][i];
+      out[i] = S::put(value(w, 2 * i, InLane<0>()), value(w, 2 * i + 1, InLane<1>()));
+    }
+    if (n % 2) {
+      Word w[Inputs];
+      for (int k = 0; k < Inputs; ++k) w[k] = *(const Element*)(in[k] + pairs);
+      *(Element*)(out + pairs) = Element(S::put(value(w, n - 1, InLane<0>())));
+    }
+  }
+}
+
+template <class S, int K, int Lane, class T, class W>
+GS_FN T weighted_sum(const W& words, const T (&c)[K]) {
+  T sum = c[0] * S::template get<Lane>(words[0]);
   GS_UNROLL
-  for (int k = 1; k < K; ++k) sum = mul_add(c[k], S::get(x[k][i]), sum);
+  for (int k = 1; k < K; ++k) sum = mul_add(c[k], S::template get<Lane>(words[k]), sum);
   return sum;
 }
 
 template <class T, int K, class S>
-void combine_terms(void* to, const void* const* terms, const T* coefs, const T* noise, T s, int64_t n) {
-  using Stored = typename S::Stored;
-  Stored* out = (Stored*)to;
-  const Stored* x[K];
+void combine_terms(void* out, const void* const* terms, const T* coefs, const T* noise, T s, int64_t n) {
+  const void* x[K];
   T c[K];
-  for (int k = 0; k < K; ++k) x[k] = (const Stored*)terms[k], c[k] = coefs[k];
-  if (noise) {
-    GS_LOOP for (int64_t i = 0; i < n; ++i)
-      out[i] = S::put(mul_add(s, noise[i], weighted_sum<T, K, S>(x, c, i)));
-  } else {
-    GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = S::put(weighted_sum<T, K, S>(x, c, i));
-  }
+  for (int k = 0; k < K; ++k) x[k] = terms[k], c[k] = coefs[k];
+  if (noise)
+    map_elements<S>(out, x, n, [&](const auto& words, int64_t i, auto at) GS_INLINE {
+      return mul_add(s, noise[i], weighted_sum<S, K, at.lane>(words, c));
+    });
+  else
+    map_elements<S>(out, x, n, [&](const auto& words, int64_t, auto at) GS_INLINE {
+      return weighted_sum<S, K, at.lane>(words, c);
+    });
 }
 
 template <class T, int K, class S>
-void combine_wave_terms(void* to, const void* const* terms, const T* coefs, const void* source,
+void combine_wave_terms(void* out, const void* const* terms, const T* coefs, const void* source,
                         const Wave<T>& wave, T s, int64_t n) {
-  using Stored = typename S::Stored;
-  const Wave<T> w = wave;
-  Stored* out = (Stored*)to;
-  const Stored* z = (const Stored*)source;
-  const Stored* x[K];
+  Wave<T> w = wave;
+  w.gain *= s, w.amplitude *= s;
+  const void* x[K + 1];
   T c[K];
-  for (int k = 0; k < K; ++k) x[k] = (const Stored*)terms[k], c[k] = coefs[k];
-  GS_LOOP for (int64_t i = 0; i < n; ++i)
-    out[i] = S::put(mul_add(s, wave_value(w, S::get(z[i])), weighted_sum<T, K, S>(x, c, i)));
+  for (int k = 0; k < K; ++k) x[k] = terms[k], c[k] = coefs[k];
+  x[K] = source;
+  map_elements<S>(out, x, n, [&](const auto& words, int64_t, auto at) GS_INLINE {
+    return S::add_wave(weighted_sum<S, K, at.lane>(words, c), w, S::template get<at.lane>(words[K]));
+  });
 }
 
 #define GS_TERMS(call)           \
