@@ -140,7 +140,6 @@ GS_FN double log_unit(double u) { return log(u); }
 GS_FN float root(float x) { return __builtin_sqrtf(x); }
 GS_FN double root(double x) { return __builtin_sqrt(x); }
 GS_FN double exp_of(double x) { return __builtin_exp(x); }
-GS_FN double log_unit(double u) { return __builtin_log(u); }
 
 // e^x = 2^k e^r, |r| <= ln2/2; scaled twice by half of k, so that the ends of the range are right.
 GS_FN float exp_of(float x) {
@@ -171,6 +170,22 @@ GS_FN float log_unit(float u) {
   p = mul_add(p, y, 0.666668184848f);
   p = p * y * s;
   return mul_add(e, 0.693147181f, mul_add(2.0f, s, p));
+}
+GS_FN double log_unit(double u) {
+  const uint64_t first = 0x3fe6a09e667f3bcdu, shifted = bits_of(u) - first;  // from sqrt(1/2) on
+  // The exponent by the bits of 2^52 + 2048 + e: not every machine converts 64-bit integers.
+  const double e = from_bits(((shifted >> 52) ^ 0x800u) | 0x4330000000000000u) - 4503599627372544.0;
+  const double m = from_bits((shifted & 0x000fffffffffffffu) + first);
+  const double s = (m - 1.0) / (m + 1.0), y = s * s;
+  double p = 0.14796442922268885616;
+  p = mul_add(p, y, 0.15314003926993145823);
+  p = mul_add(p, y, 0.18183566039484563799);
+  p = mul_add(p, y, 0.22222198542422633225);
+  p = mul_add(p, y, 0.28571428742664610172);
+  p = mul_add(p, y, 0.39999999999413542725);
+  p = mul_add(p, y, 0.66666666666667345655);
+  p = mul_add(e, 1.9082149292705877e-10, p * y * s);  // ln 2 in two parts
+  return mul_add(e, 6.9314718036912382e-1, mul_add(2.0, s, p));
 }
 #endif
 

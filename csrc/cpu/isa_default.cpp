@@ -6,6 +6,7 @@
 #endif
 
 #define GS_LEVEL level_default
+#define GS_X86_LEVEL 0
 #include "loops.h"
 
 namespace gs {

@@ -11,6 +11,7 @@
 #pragma GCC target("arch=x86-64-v3")
 #endif
 #define GS_LEVEL level_v3
+#define GS_X86_LEVEL 3
 #include "loops.h"
 
 namespace gs {

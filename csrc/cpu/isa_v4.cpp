@@ -11,6 +11,7 @@
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #endif
 #define GS_LEVEL level_v4
+#define GS_X86_LEVEL 4
 #include "loops.h"
 
 namespace gs {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of isa.h's loops, included once for each instruction set; no include guard.
+// The bodies of isa.h's loops, included once for each instruction set; no include guard. Intrinsics
+// ask for GS_X86_LEVEL: the compiler's own macros do not follow a target pragma before GCC 13.
 
 // Equal pointers may be passed (in-place use); a shift between them may not.
 #if defined(__clang__)
