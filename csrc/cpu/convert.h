@@ -110,6 +110,12 @@ void read_part(T* to, const void* from, int dtype, int64_t stride, int64_t n) {
 
 template <class T>
 void read_block(T* to, const void* from, int dtype, int64_t stride, int64_t n) {
+  if (stride == 0) {
+    read_part(to, from, dtype, 1, 1);
+    const T value = to[0];
+    for (int64_t i = 1; i < n; ++i) to[i] = value;
+    return;
+  }
   if (stride != 1 || n < kBlock) return read_part(to, from, dtype, stride, n);
   const int64_t width = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
   constexpr int64_t kPart = 256;

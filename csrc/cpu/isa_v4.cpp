@@ -15,8 +15,8 @@
 #include "loops.h"
 
 namespace gs {
-const Isa isa_v4{"x86-64-v4", GS_LEVEL::make_loops<float, GS_LEVEL::BFloat16>(),
-                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>>()};
+const Isa isa_v4{"x86-64-v4", GS_LEVEL::make_loops<float, GS_LEVEL::Coarse, GS_LEVEL::BFloat16>(),
+                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>, GS_LEVEL::Plain<double>>()};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -25,6 +25,12 @@ struct Plain {
   static GS_FN T put(T value) { return value; }
   static GS_FN T add_wave(T sum, const Wave<T>& w, T z) { return gs::add_wave(sum, w, z); }
 };
+// In float, on the way to 16 bits.
+struct Coarse : Plain<float> {
+  static GS_FN float add_wave(float sum, const Wave<float>& w, float z) {
+    return add_wave_coarse(sum, w, z);
+  }
+};
 // Two in 32 bits: a half becomes a float by a shift or a mask, where single elements would have to be
 // unpacked and packed again, at the cost of the whole sine.
 struct BFloat16 {
@@ -293,10 +299,10 @@ void flow_pull(T* dx0, T* dx1, const T* gx, const T* gv, const Flow<T>& given, i
   }
 }
 
-template <class T, class Half>
+template <class T, class Rounded, class Half>
 constexpr Loops<T> make_loops() {
   return {read_block<T>, write_block<T>, copy_bytes, combine<T, Plain<T>>, combine_wave<T, Plain<T>>,
-          combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
+          combine_wave<T, Rounded>, combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
           scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T>, normals<T>,
           signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>};
 }

@@ -54,6 +54,8 @@ void step_blocks(const Step& a) {
   const bool noisy = a.noise.present(), stream = streams(a);
   const bool wave_only = noisy && a.noise.kind == kSinCos && a.noise.normal == 0 && !a.clamped;
   const bool halves = sizeof(T) == 4 && !a.clamped && !a.model;
+  const bool rounds = bytes_of(a.out.dtype) == 2 && (!a.model || bytes_of(a.model.dtype) == 2);
+  auto* combine_wave = rounds ? loops.combine_wave_coarse : loops.combine_wave;
   const T s = T(a.noise.coef), lo = T(a.lo), hi = T(a.hi);
 
   for_blocks(blocks, [&](int64_t first, int64_t last) {
@@ -70,7 +72,7 @@ void step_blocks(const Step& a) {
       T* out = direct ? direct : result;
       if (wave_only) {
         const T* z = load(loops, a.noise.source, b.begin, b.n, z_buffer);
-        loops.combine_wave(out, x, c, terms, z, noise.wave, s, b.n);
+        combine_wave(out, x, c, terms, z, noise.wave, s, b.n);
       } else {
         loops.combine(out, x, c, terms, noisy && !a.clamped ? n_buffer : nullptr, s, b.n);
         if (a.clamped) {
