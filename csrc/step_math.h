@@ -115,6 +115,15 @@ GS_FN T wave_slope(const Wave<T>& w, T z) {
   return mul_add(w.slope, sin_half_turns(z, w.hi, w.lo, w.quarter), w.gain);
 }
 
+// sum + wave_slope * g
+template <class T>
+GS_FN T add_pull(T sum, const Wave<T>& w, T z, T g) {
+  return mul_add(wave_slope(w, z), g, sum);
+}
+GS_FN float add_pull_coarse(float sum, const Wave<float>& w, float z, float g) {
+  return mul_add(mul_add(w.slope, sin_half_turns_coarse(z, w.hi, w.quarter), w.gain), g, sum);
+}
+
 // ---- clamp: torch.clamp's value (NaN passes) and torch.clamp's mask ------------------------
 
 template <class T>

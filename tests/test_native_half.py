@@ -90,6 +90,26 @@ def test_any_length_at_any_address(name, dtype):
 
 
 @HALVES
+@pytest.mark.parametrize("name", ["sincos", "roll"])
+def test_backward_into_halves_of_any_length(name, dtype):
+    torch.manual_seed(0)
+    source = {"sincos": noise.SinCos(0.2, 0.9), "roll": noise.SignedRoll(3)}[name]
+    for size in (2, 3, 31, 64, 1025, 2051):
+        z0, g, start = (torch.randn(2, size + 1).to(dtype)[:, 1:] for _ in range(3))
+        dz0 = start.clone()
+        terms, *_ = _native.step_bwd(
+            g, [g, g], [0.5, -1.25], z0, source.draw(z0, 1, 4), 0.7, dz0=dz0,
+            needs_terms=[True, True],
+        )  # fmt: skip
+        # Halves and quarters of g are rounded once, so torch's own product is the answer.
+        same_bits(terms[0], 0.5 * g)
+        same_bits(terms[1], (-1.25 * g.float()).to(dtype))
+        exact = start.double() + 0.7 * source.transpose(g.double(), z0.double(), 1, 4).z0
+        error = (dz0.double() - exact).abs() / (1 + exact.abs())
+        assert error.max() < (2**-8 if dtype == BF16 else 2**-10)
+
+
+@HALVES
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 @pytest.mark.parametrize("rate", [0.0, 0.3, 10.0, 100.0, 1000.0])
 def test_sincos_over_the_whole_range(rate, layout, dtype):

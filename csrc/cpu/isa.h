@@ -37,7 +37,9 @@ struct Loops {
   double (*dot)(const T* x, const T* y, int64_t n);
   void (*wave)(T* out, const T* z, const Wave<T>& w, int64_t n);
   // dz0 += s * wave'(z) * g
-  void (*wave_pull)(T* dz0, const T* z, const T* g, const Wave<T>& w, T s, int64_t n);
+  using WavePull = void(void* dz0, const void* z, const void* g, const Wave<T>& w, T s, int64_t n);
+  WavePull* wave_pull;
+  WavePull* wave_pull_bf16;
   // out = (add ? out : 0) + a * normal of the elements begin .. begin + n - 1
   void (*normals)(T* out, int64_t begin, uint32_t step, uint64_t seed, T a, bool add, int64_t n);
   // out = (add ? out : 0) + a * sign[sample, begin + i] * x[i]

@@ -24,6 +24,7 @@ struct Plain {
   static GS_FN T get(T word) { return word; }
   static GS_FN T put(T value) { return value; }
   static GS_FN T add_wave(T sum, const Wave<T>& w, T z) { return gs::add_wave(sum, w, z); }
+  static GS_FN T add_pull(T sum, const Wave<T>& w, T z, T g) { return gs::add_pull(sum, w, z, g); }
 };
 // In float, on the way to 16 bits.
 struct Coarse : Plain<float> {
@@ -45,6 +46,9 @@ struct BFloat16 {
   static GS_FN uint32_t put(float low) { return rounded_bf16(low) >> 16; }
   static GS_FN float add_wave(float sum, const Wave<float>& w, float z) {
     return add_wave_coarse(sum, w, z);
+  }
+  static GS_FN float add_pull(float sum, const Wave<float>& w, float z, float g) {
+    return add_pull_coarse(sum, w, z, g);
   }
 };
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the low half comes first");
@@ -187,10 +191,37 @@ void wave(T* out, const T* z, const Wave<T>& wave, int64_t n) {
   GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = wave_value(w, z[i]);
 }
 
-template <class T>
-void wave_pull(T* dz0, const T* z, const T* g, const Wave<T>& wave, T s, int64_t n) {
-  const Wave<T> w = wave;
-  GS_LOOP for (int64_t i = 0; i < n; ++i) dz0[i] = mul_add(s * wave_slope(w, z[i]), g[i], dz0[i]);
+template <class T, class S>
+void wave_pull(void* dz0, const void* z, const void* g, const Wave<T>& wave, T s, int64_t n) {
+  Wave<T> w = wave;
+  w.gain *= s, w.slope *= s;
+  const void* x[3] = {dz0, z, g};
+  map_elements<S>(dz0, x, n, [&](const auto& words, int64_t, auto at) GS_INLINE {
+    return S::add_pull(S::template get<at.lane>(words[0]), w, S::template get<at.lane>(words[1]),
+                       S::template get<at.lane>(words[2]));
+  });
+}
+
+// normal_words with every word in 64 bits, as the products need: GCC would widen and narrow whole
+// vectors in each round, which takes as long as the rounds. Below AVX-512 a 64-bit product costs more.
+GS_FN Words wide_normal_words(uint64_t block, uint32_t step, uint64_t seed) {
+#if GS_X86_LEVEL >= 4
+  uint64_t c0 = uint32_t(block), c1 = block >> 32, c2 = step, c3 = kUseNormals;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  GS_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(kPhiloxM0) * uint32_t(c0), p1 = uint64_t(kPhiloxM1) * uint32_t(c2);
+    c0 = (p1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(p1);
+    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(p0);
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return {{uint32_t(c0), uint32_t(c1), uint32_t(c2), uint32_t(c3)}};
+#else
+  return normal_words(block, step, seed);
+#endif
 }
 
 template <class T>
@@ -206,7 +237,7 @@ void normals(T* out, int64_t begin, uint32_t step, uint64_t seed, T a, bool add,
     if (count > n - done) count = n - done;
     const int quads = int((skip + count + 3) / 4);
     GS_LOOP for (int q = 0; q < quads; ++q) {
-      const Words w = normal_words(first + q, step, seed);
+      const Words w = wide_normal_words(first + q, step, seed);
       word[0][q] = w.w[0], word[1][q] = w.w[1], word[2][q] = w.w[2], word[3][q] = w.w[3];
     }
     GS_LOOP for (int q = 0; q < quads; ++q)
@@ -303,7 +334,7 @@ template <class T, class Rounded, class Half>
 constexpr Loops<T> make_loops() {
   return {read_block<T>, write_block<T>, copy_bytes, combine<T, Plain<T>>, combine_wave<T, Plain<T>>,
           combine_wave<T, Rounded>, combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
-          scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T>, normals<T>,
+          scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T, Plain<T>>, wave_pull<T, Half>, normals<T>,
           signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>};
 }
 

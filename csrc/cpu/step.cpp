@@ -90,6 +90,18 @@ void step_blocks(const Step& a) {
   });
 }
 
+// A term's cotangent c * g where both are bfloat16, else false.
+template <class T>
+bool scale_bf16(const Loops<T>& loops, const Operand& to, const Operand& g, const Block& b, T c, bool stream) {
+  char* target = sizeof(T) == 4 ? in_place(to, b.begin, b.n, kBFloat16) : nullptr;
+  const void* from = target ? in_place(g, b.begin, b.n, kBFloat16) : nullptr;
+  if (!from) return false;
+  alignas(64) uint16_t result[kBlock];
+  loops.combine_bf16(stream ? (void*)result : target, &from, &c, 1, nullptr, T(0), b.n);
+  if (stream) loops.copy(target, result, b.n * 2, true);
+  return true;
+}
+
 template <class T>
 void pull_blocks(const StepPull& p) {
   const Step& a = p.forward;
@@ -127,6 +139,7 @@ void pull_blocks(const StepPull& p) {
         for (int k = 0; k < terms; ++k) *sum++ = loops.dot((const T*)x[k], through, b.n);
       for (int k = 0; k < terms; ++k) {
         if (!p.dterms[k]) continue;
+        if (through == g && scale_bf16(loops, p.dterms[k], p.g, b, c[k], stream)) continue;
         T* direct = stream ? nullptr : target<T>(p.dterms[k], b.begin, b.n);
         loops.scale(direct ? direct : result, through, c[k], b.n);
         if (!direct) store(loops, p.dterms[k], b.begin, b.n, result, stream);
@@ -136,7 +149,7 @@ void pull_blocks(const StepPull& p) {
         *sum = loops.dot(result, g, b.n);
       }
       for (const Operand* d : {&p.dz0, &p.dgiven}) {
-        if (!*d) continue;
+        if (!*d || noise.pull_bf16(*d, p.g, b.begin, b.n)) continue;
         T* now = accumulator(loops, *d, b.begin, b.n, result);
         if (rolled) {
           const T* far = load_rolled(loops, p.g, base, blocks.size, b.from + a.noise.offset, b.n, masked);
