@@ -9,6 +9,7 @@ GRADSAMPLER_CXXFLAGS is added to compiler and linker, for sanitizers.
 
 import os
 import shutil
+import site
 import sys
 import sysconfig
 import warnings
@@ -29,10 +30,12 @@ class NotBuiltError(Exception):
 
 
 def _import_torch():
-    """torch; in an isolated build from the interpreter's own site-packages.
+    """torch; in an isolated build that of the environment which asked for the build.
 
-    Appended to sys.path: the isolated environment's setuptools keeps its precedence. torch is no
-    build requirement, because that would fetch a second torch, and another one.
+    pip shares its interpreter with the build; `python -m build` makes another and passes on only
+    the name of an activated environment. Its packages come last on sys.path: the isolated
+    setuptools keeps its precedence. torch is no build requirement, because that would fetch a
+    second torch, and another one; which one compiles does not matter to the stable ABI.
     """
     try:
         import torch
@@ -40,11 +43,15 @@ def _import_torch():
         prefixes = [os.environ.get("VIRTUAL_ENV", ""), sys.prefix, sys.base_prefix]
         for prefix in filter(None, prefixes):
             paths = sysconfig.get_paths(vars={"base": prefix, "platbase": prefix})
-            sys.path += [paths[k] for k in ("purelib", "platlib") if paths[k] not in sys.path]
+            for folder in (paths["purelib"], paths["platlib"]):
+                site.addsitedir(folder)  # obeys .pth files, as that environment does
         try:
             import torch
         except ImportError as error:
-            raise NotBuiltError(f"torch cannot be imported ({error})") from error
+            raise NotBuiltError(
+                f"torch cannot be imported ({error}); in an isolated build, activate the "
+                "environment that has it or pass --no-isolation"
+            ) from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         raise NotBuiltError(f"torch must be at least 2.11, got {torch.__version__}")
     return torch

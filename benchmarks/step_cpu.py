@@ -1,89 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the native step on the CPU beside what else could run it.
+"""Times the native step, its backward and the adjoint step on the CPU beside what else could run.
 
     make bench-cpu
 
 Variants are interleaved call by call in one process and every output is preallocated, so only the
-ratios within one table mean anything. `linear` is the native kernel without noise over the same
-reads and writes: three terms in, one out. torch.compile and eager compute the one-sine form of
-sincos, which is the cheaper one. Each variant is checked against float64 before it is timed.
+ratios within one table mean anything; step_calls.py says what each computes. Each variant is
+checked against float64 before it is timed.
 """
 
 import argparse
 from collections.abc import Callable
 
 import rows
+import step_calls
 import timing
 import torch
+from step_calls import COEFS, SCALE, STEP, STEPS
 
 from gradsampler import _native, noise
-
-COEFS, SCALE, STEP, STEPS = (0.3, -1.2), 0.7, 17, 50
-
-
-def compiled_step(x, d, z0, out, gain, rate, amplitude, phase):
-    wave = torch.sin(rate * z0 + phase)
-    out.copy_(COEFS[0] * x + COEFS[1] * d + SCALE * (gain * z0 + amplitude * wave))
-
-
-def eager_step(x, d, z0, out, tmp, gain, rate, amplitude, phase):
-    torch.mul(z0, rate, out=tmp).add_(phase).sin_().mul_(amplitude).add_(z0, alpha=gain)
-    torch.mul(x, COEFS[0], out=out).add_(d, alpha=COEFS[1]).add_(tmp, alpha=SCALE)
-
-
-def variants(elements: int, dtype: torch.dtype, with_compile: bool):
-    """Names to (call, output, float64 answer or None)."""
-    generator = torch.Generator().manual_seed(0)
-    x, d, z0 = (torch.randn(1, elements, generator=generator).to(dtype) for _ in range(3))
-    out, tmp = torch.empty_like(x), torch.empty_like(x)
-    sources = {
-        "sincos": noise.SinCos(),
-        "signed_roll": noise.SignedRoll(3),
-        "philox": noise.Philox(5),
-    }
-    draws = {name: source.draw(z0, STEP, STEPS) for name, source in sources.items()}
-    wave = draws["sincos"]
-    numbers = (wave.gain, wave.rate, wave.amplitude, wave.phase)
-    head = slice(0, min(elements, 4096))
-
-    def native(name):
-        return lambda: _native.step_fwd([x, d], COEFS, z0, draws[name], SCALE, out=out)
-
-    exact = COEFS[0] * x[:, head].double() + COEFS[1] * d[:, head].double()
-    answer = {
-        name: exact + SCALE * sources[name].at(z0.double(), STEP, STEPS)[:, head]
-        for name in ("sincos", "philox")
-        if elements <= 1 << 20 or name == "sincos"
-    }
-    calls: dict[str, tuple[Callable, torch.Tensor | None]] = {
-        "linear": (
-            lambda: _native.step_fwd([x, d, z0], (*COEFS, SCALE), None, None, 0.0, out=out),
-            exact + SCALE * z0[:, head].double(),
-        ),
-        "sincos": (native("sincos"), answer.get("sincos")),
-        "signed_roll": (native("signed_roll"), None),
-        "philox": (native("philox"), answer.get("philox")),
-        "eager_sincos": (lambda: eager_step(x, d, z0, out, tmp, *numbers), answer.get("sincos")),
-        "randn_and_update": (
-            lambda: (
-                torch.mul(x, COEFS[0], out=out)
-                .add_(d, alpha=COEFS[1])
-                .add_(torch.randn(x.shape, dtype=dtype, out=tmp), alpha=SCALE)
-            ),
-            None,
-        ),
-    }
-    if with_compile:
-        fused = torch.compile(compiled_step, dynamic=False)
-        calls["compile_sincos"] = (lambda: fused(x, d, z0, out, *numbers), answer.get("sincos"))
-    for name, (call, expected) in calls.items():
-        call()
-        if expected is not None:
-            error = (out[:, head].double() - expected).abs().max().item()
-            limit = 1e-5 if dtype == torch.float32 else 0.2
-            if error > limit:
-                raise SystemExit(f"{name} is wrong by {error}: nothing timed")
-    return {name: call for name, (call, _) in calls.items()}
 
 
 def overhead() -> dict[str, Callable[[], object]]:
@@ -125,7 +59,7 @@ def measured(
     for name, (median, low, high) in times.items():
         ratio = median / times[base][0]
         print(
-            f"{op:14}{name:24}{shape:>12} {dtype:9}{1e3 * median:10.5f} ms "
+            f"{op:16}{name:24}{shape:>12} {dtype:9}{1e3 * median:10.5f} ms "
             f"[{1e3 * low:.5f}, {1e3 * high:.5f}]  {ratio:7.3f} of {base}",
             flush=True,
         )
@@ -137,7 +71,8 @@ def measured(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="16,1", help="Mi elements, comma separated")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--dtypes", default="float32,bfloat16,float16,float64")
+    parser.add_argument("--ops", default=",".join(step_calls.TABLES))
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
@@ -154,9 +89,16 @@ def main() -> None:
     for dtype in args.dtypes.split(","):
         for size in (float(s) for s in args.sizes.split(",")):
             elements = int(size * 2**20)
-            calls = variants(elements, getattr(torch, dtype), not args.no_compile)
+            inputs = step_calls.Inputs(elements, getattr(torch, dtype))
             rounds = args.rounds if elements > 2**22 else 10 * args.rounds
-            table += measured("native step", calls, f"1x{elements}", dtype, "linear", rounds)
+            for op, calls_of in step_calls.TABLES.items():
+                if op not in args.ops.split(","):
+                    continue
+                calls = calls_of(inputs, not args.no_compile)
+                for name, call in calls.items():
+                    call.check(f"{op} {name} {dtype}")
+                timed = {name: call.run for name, call in calls.items()}
+                table += measured(op, timed, f"1x{elements}", dtype, "linear", rounds)
     calls, rounds = overhead(), 50 * args.rounds
     table += measured("native call", calls, "1x4", "float32", "eager_forward", rounds)
     if not args.rehearse:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times of variants of one thing, interleaved, so that noise meets all of them alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +22,17 @@ def quantiles(values: list[float]) -> Quantiles:
 def interleaved(
     variants: dict[str, Callable[[], object]], rounds: int = 25, warmup: int = 3
 ) -> dict[str, Quantiles]:
-    """Seconds a call of each variant."""
+    """Seconds a call of each variant; in every round in another order, so that none always finds
+    the caches as the same other one left them.
+    """
     for run in variants.values():
         for _ in range(warmup):
             run()
     times: dict[str, list[float]] = {name: [] for name in variants}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, run in variants.items():
+        for name in order.sample(list(variants), len(variants)):
+            run = variants[name]
             times[name].append(_cuda(run) if torch.cuda.is_available() else _cpu(run))
     return {name: quantiles(values) for name, values in times.items()}
 

@@ -8,6 +8,9 @@
 namespace gs {
 
 enum : uint32_t { kUseNormals = 0, kUseSigns = 1 };
+enum : uint32_t {
+  kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u
+};
 
 struct Words {
   uint32_t w[4];
@@ -17,13 +20,13 @@ GS_FN Words philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint6
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   GS_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+    const uint64_t p0 = uint64_t(kPhiloxM0) * c0, p1 = uint64_t(kPhiloxM1) * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(p1);
     c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
     c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};
 }

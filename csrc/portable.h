@@ -11,6 +11,7 @@
 #else
 // Always inlined, so that each instruction set's loops get their own copy.
 #define GS_FN inline __attribute__((always_inline))
+#define GS_INLINE __attribute__((always_inline))  // for a lambda
 #if defined(__clang__)
 #define GS_UNROLL _Pragma("clang loop unroll(full)")
 #else

@@ -60,6 +60,20 @@ GS_FN T sin_half_turns(T z, T hi, T lo, T phase) {
   return Round<T>::flip(Round<T>::flip(sin_pi(f - (v - Round<T>::magic())), u), v);
 }
 
+// The same where the result is rounded to 16 bits: off by 1e-6 and by 4e-7 of the argument.
+GS_FN float sin_half_turns_coarse(float z, float hi, float phase) {
+  const float t = mul_add(z, hi, phase), u = t + Round<float>::magic();
+  const float f = t - (u - Round<float>::magic());
+  // Beyond 2^22 half turns |f| may be over 1/2. As an integer, because GCC knows no minimum of floats.
+  const uint32_t square = bits_of(f * f), quarter = bits_of(0.25f);
+  const float y = from_bits(square < quarter ? square : quarter);
+  float p = -0.558396049f;
+  p = mul_add(p, y, 2.54360496f);
+  p = mul_add(p, y, -5.16736781f);
+  p = mul_add(p, y, 3.1415897f);
+  return Round<float>::flip(p * f, u);
+}
+
 // ---- sincos noise (MATH.md (4)) -----------------------------------------------------------
 
 template <class T>
@@ -88,9 +102,26 @@ template <class T>
 GS_FN T wave_value(const Wave<T>& w, T z) {
   return mul_add(w.gain, z, w.amplitude * sin_half_turns(z, w.hi, w.lo, w.phase));
 }
+// sum + wave_value
+template <class T>
+GS_FN T add_wave(T sum, const Wave<T>& w, T z) {
+  return mul_add(w.amplitude, sin_half_turns(z, w.hi, w.lo, w.phase), mul_add(w.gain, z, sum));
+}
+GS_FN float add_wave_coarse(float sum, const Wave<float>& w, float z) {
+  return mul_add(w.amplitude, sin_half_turns_coarse(z, w.hi, w.phase), mul_add(w.gain, z, sum));
+}
 template <class T>
 GS_FN T wave_slope(const Wave<T>& w, T z) {
   return mul_add(w.slope, sin_half_turns(z, w.hi, w.lo, w.quarter), w.gain);
+}
+
+// sum + wave_slope * g
+template <class T>
+GS_FN T add_pull(T sum, const Wave<T>& w, T z, T g) {
+  return mul_add(wave_slope(w, z), g, sum);
+}
+GS_FN float add_pull_coarse(float sum, const Wave<float>& w, float z, float g) {
+  return mul_add(mul_add(w.slope, sin_half_turns_coarse(z, w.hi, w.quarter), w.gain), g, sum);
 }
 
 // ---- clamp: torch.clamp's value (NaN passes) and torch.clamp's mask ------------------------
@@ -118,7 +149,6 @@ GS_FN double log_unit(double u) { return log(u); }
 GS_FN float root(float x) { return __builtin_sqrtf(x); }
 GS_FN double root(double x) { return __builtin_sqrt(x); }
 GS_FN double exp_of(double x) { return __builtin_exp(x); }
-GS_FN double log_unit(double u) { return __builtin_log(u); }
 
 // e^x = 2^k e^r, |r| <= ln2/2; scaled twice by half of k, so that the ends of the range are right.
 GS_FN float exp_of(float x) {
@@ -149,6 +179,22 @@ GS_FN float log_unit(float u) {
   p = mul_add(p, y, 0.666668184848f);
   p = p * y * s;
   return mul_add(e, 0.693147181f, mul_add(2.0f, s, p));
+}
+GS_FN double log_unit(double u) {
+  const uint64_t first = 0x3fe6a09e667f3bcdu, shifted = bits_of(u) - first;  // from sqrt(1/2) on
+  // The exponent by the bits of 2^52 + 2048 + e: not every machine converts 64-bit integers.
+  const double e = from_bits(((shifted >> 52) ^ 0x800u) | 0x4330000000000000u) - 4503599627372544.0;
+  const double m = from_bits((shifted & 0x000fffffffffffffu) + first);
+  const double s = (m - 1.0) / (m + 1.0), y = s * s;
+  double p = 0.14796442922268885616;
+  p = mul_add(p, y, 0.15314003926993145823);
+  p = mul_add(p, y, 0.18183566039484563799);
+  p = mul_add(p, y, 0.22222198542422633225);
+  p = mul_add(p, y, 0.28571428742664610172);
+  p = mul_add(p, y, 0.39999999999413542725);
+  p = mul_add(p, y, 0.66666666666667345655);
+  p = mul_add(e, 1.9082149292705877e-10, p * y * s);  // ln 2 in two parts
+  return mul_add(e, 6.9314718036912382e-1, mul_add(2.0, s, p));
 }
 #endif
 

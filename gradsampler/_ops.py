@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import backends
+from gradsampler import backends, reference
 from gradsampler.noise import Draw
 
 _LIBRARY = torch.library.Library("gradsampler", "DEF")
@@ -321,6 +321,88 @@ torch.library.register_autograd(
     "gradsampler::ancestral_step",
     _ancestral_step_autograd,
     setup_context=_ancestral_step_setup,
+    lib=_LIBRARY,
+)
+
+
+_DRAWN = "Tensor mean, Tensor log_variance, Tensor noise, Tensor? nonzero, "
+
+
+def _reparameterize(
+    mean: Tensor, log_variance: Tensor, noise: Tensor, nonzero: Tensor | None, backend: str
+) -> Tensor:
+    _backend(backend, mean)  # checked like any other; plain torch serves them all
+    return reference.reparameterize_fwd(mean, log_variance, noise, nonzero).contiguous()
+
+
+def _reparameterize_fake(mean: Tensor, *arguments: Any) -> Tensor:
+    return _contiguous(mean)
+
+
+def _reparameterize_backward(
+    g: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor,
+    nonzero: Tensor | None,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of mean, log_variance, noise and nonzero, those that ``needs`` asks for."""
+    grads = reference.reparameterize_bwd(
+        g,
+        mean,
+        log_variance,
+        noise,
+        nonzero,
+        needs_mean=needs[0],
+        needs_log_variance=needs[1],
+        needs_noise=needs[2],
+        needs_nonzero=needs[3],
+    )
+    found = _needed(list(grads), needs)
+    # An op's result may be none of its arguments: the gradient of the mean can be g as it is.
+    return [x.clone() if x.data_ptr() == g.data_ptr() else x for x in found]
+
+
+def _reparameterize_backward_fake(g: Tensor, *arguments: Any) -> list[Tensor]:
+    pairs = zip(arguments[:4], arguments[-2], strict=True)
+    return [_contiguous(x) for x, need in pairs if need and x is not None]
+
+
+def _reparameterize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.backend = backend
+
+
+def _reparameterize_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    if torch.is_grad_enabled():
+
+        def run(inputs: list[Any]) -> Tensor:
+            mean, log_variance, noise, nonzero = inputs
+            return _reparameterize(mean, log_variance, noise, nonzero, "reference")
+
+        found = _twice(run, ctx.saved_tensors, needs, g)
+    else:
+        found = reparameterize_backward(g, *ctx.saved_tensors, needs, ctx.backend)
+    return *_spread(found, needs), None
+
+
+reparameterize = _register(
+    "reparameterize", f"({_DRAWN}str backend) -> Tensor", _reparameterize, _reparameterize_fake
+)
+reparameterize_backward = _register(
+    "reparameterize_backward",
+    f"(Tensor g, {_DRAWN}bool[] needs, str backend) -> Tensor[]",
+    _reparameterize_backward,
+    _reparameterize_backward_fake,
+)
+torch.library.register_autograd(
+    "gradsampler::reparameterize",
+    _reparameterize_autograd,
+    setup_context=_reparameterize_setup,
     lib=_LIBRARY,
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, _ops, philox, reference
+from gradsampler import _checks, _ops, philox
 from gradsampler.noise import Draw, NoiseSource, draw_of
 
 __all__ = ["ancestral_step", "flow_pair", "reparameterize", "step"]
@@ -119,8 +119,15 @@ def reparameterize(
         _checks.floating("reparameterize: log_variance", log_variance),
         mean.device,
     )
+    shape, target = log_variance.shape, mean.shape
+    trailing = zip(reversed(shape), reversed(target), strict=False)
+    if len(shape) > len(target) or any(size not in (1, whole) for size, whole in trailing):
+        _checks.fail(
+            "reparameterize: log_variance", f"be broadcastable to shape {[*target]}", [*shape]
+        )
     _per_sample("reparameterize: nonzero", nonzero, mean)
-    return reference.reparameterize(mean, log_variance, noise, nonzero)
+    result: Tensor = _ops.reparameterize(mean, log_variance, noise, nonzero, backend or "")
+    return result
 
 
 def ancestral_step(

@@ -41,6 +41,15 @@ class AncestralGrads(NamedTuple):
     noise: Tensor | None
 
 
+class ReparameterizeGrads(NamedTuple):
+    """What the backward of a reparameterized draw returns; None where it was not asked for."""
+
+    mean: Tensor | None
+    log_variance: Tensor | None
+    noise: Tensor | None
+    nonzero: Tensor | None
+
+
 class FlowPairGrads(NamedTuple):
     """What the backward of a flow pair returns; None where it was not asked for."""
 
@@ -241,7 +250,7 @@ def absorb(g: Tensor, z0: Tensor, draw: Draw, dz0: Tensor) -> None:
         dz0.add_((draw.weight * back).to(dz0.dtype))
 
 
-def reparameterize(
+def reparameterize_fwd(
     mean: Tensor,  # [B, *state]
     log_variance: Tensor,  # [B, *state], or broadcastable to it
     noise: Tensor,  # [B, *state] standard normal
@@ -253,6 +262,36 @@ def reparameterize(
     if nonzero is not None:
         amount = _column(nonzero, mean, compute) * amount
     return (mean.to(compute) + amount * noise.to(compute)).to(mean.dtype)
+
+
+def reparameterize_bwd(
+    g: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    noise: Tensor,
+    nonzero: Tensor | None,
+    *,
+    needs_mean: bool = True,
+    needs_log_variance: bool = True,
+    needs_noise: bool = True,
+    needs_nonzero: bool = False,
+) -> ReparameterizeGrads:
+    """The transpose of `reparameterize_fwd`."""
+    compute = _compute(mean.dtype, log_variance, noise)
+    wide = g.to(compute)
+    deviation = torch.exp(log_variance.to(compute) / 2)
+    amount = deviation if nonzero is None else _column(nonzero, mean, compute) * deviation
+    dmean = wide.to(mean.dtype) if needs_mean else None
+    dlog = dnoise = dnonzero = None
+    if needs_log_variance:
+        whole = wide * amount * noise.to(compute) / 2
+        dlog = whole.sum_to_size(log_variance.shape).to(log_variance.dtype)
+    if needs_noise:
+        dnoise = (amount * wide).to(noise.dtype)
+    if needs_nonzero and nonzero is not None:
+        dnonzero = _inner((deviation * noise.to(compute)).expand_as(g), wide, True)
+        dnonzero = dnonzero.to(nonzero.dtype)
+    return ReparameterizeGrads(dmean, dlog, dnoise, dnonzero)
 
 
 def ancestral_step_fwd(

@@ -15,12 +15,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def build(tmp_path, **variables):
+def build(tmp_path, *options, **variables):
     pytest.importorskip("setuptools")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GRADSAMPLER_")}
     folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
     done = subprocess.run(
-        [sys.executable, "-W", "always", "setup.py", "-q", "build_ext", *folders],
+        [sys.executable, *options, "-W", "always", "setup.py", "-q", "build_ext", *folders],
         cwd=ROOT,
         env=environment | variables,
         capture_output=True,
@@ -54,3 +54,16 @@ def test_building_nothing_on_request(tmp_path):
     done, reason = build(tmp_path, GRADSAMPLER_NO_EXT="1")
     assert done.returncode == 0, done.stderr
     assert reason.read_text() == "GRADSAMPLER_NO_EXT=1 was set at install\n"
+
+
+def test_an_isolated_build_finds_the_torch_of_the_active_environment(tmp_path):
+    setuptools = pytest.importorskip("setuptools")
+    # Like the interpreter that `python -m build` makes: setuptools, and no site-packages.
+    isolated = tmp_path / "isolated"
+    isolated.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (isolated / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    found = {"PYTHONPATH": str(isolated), "CXX": "false", "CC": "false"}
+    done, reason = build(tmp_path, "-S", VIRTUAL_ENV=sys.prefix, **found)
+    assert done.returncode == 0, done.stderr
+    assert "did not compile" in reason.read_text()  # torch was there, the compiler was not

@@ -52,6 +52,9 @@ def make(shape, dtype, layout="dense"):
         return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
     if layout == "expanded":
         return torch.randn(shape[0], *[1] * (len(shape) - 1)).to(dtype).expand(shape)
+    if layout == "rows":  # runs of a few elements, with gaps along every axis
+        inner = torch.randn(*[2 * size for size in shape[:-1]], shape[-1] + 3).to(dtype)
+        return inner[tuple([slice(None, None, 2)] * (len(shape) - 1) + [slice(shape[-1])])]
     return torch.randn(shape).to(dtype)
 
 
@@ -110,11 +113,11 @@ def test_any_number_of_terms_coefficients_by_float_call_and_sample(count, dtype)
         )
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+@pytest.mark.parametrize("shape", [(3, 37, 61), (2, 3, 2, 131, 5)], ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "rows"])
 @pytest.mark.parametrize("name", ["sincos", "roll", "mixture_roll", "given"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_step_strides(name, dtype, layout):
-    shape = (3, 37, 61)
+def test_step_strides(name, dtype, layout, shape):
     x, d, z0 = make(shape, dtype, layout), make(shape, F32), make(shape, dtype, layout)
     out = make(shape, F32, "transposed")
     got = _native.step_fwd([x, d], COEFS[:2], z0, draw_of(name, z0), 0.7, out=out)

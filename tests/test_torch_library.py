@@ -86,10 +86,23 @@ def test_opcheck_flow_pair(backend):
     torch.library.opcheck(_ops.flow_pair_backward, (*cotangents, *detached, 1e-3, needs, backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1), (4,)], ids=str)
+def test_opcheck_reparameterize(shape, backend):
+    nonzero = torch.tensor([0.5, 0.0], dtype=torch.float64, device=DEVICE).requires_grad_()
+    inputs = (leaf(2, 3, 4), leaf(*shape, seed=1), leaf(2, 3, 4, seed=2), nonzero)
+    torch.library.opcheck(_ops.reparameterize, (*inputs, backend))
+    torch.library.opcheck(_ops.reparameterize, (*inputs[:3], None, backend))
+    detached = [x.detach() for x in inputs]
+    for needs in ([True] * 4, [False, True, False, False]):
+        arguments = (normal(2, 3, 4), *detached, needs, backend)
+        torch.library.opcheck(_ops.reparameterize_backward, arguments)
+
+
 def test_every_op_of_the_namespace_is_checked_above():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
                if name.startswith("gradsampler::")}  # fmt: skip
-    checked = {"step", "ancestral_step", "flow_pair"}
+    checked = {"step", "ancestral_step", "reparameterize", "flow_pair"}
     assert defined == checked | {f"{name}_backward" for name in checked}
 
 
@@ -139,6 +152,18 @@ def test_ancestral_gradients_and_their_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1), (3,), (1, 3)], ids=str)
+def test_reparameterize_gradients_and_their_gradients(shape, backend):
+    inputs = (leaf(2, 3), leaf(*shape, seed=1), leaf(2, 3, seed=2), leaf(2, seed=3))
+
+    def run(mean, log_variance, noise, nonzero):
+        return gs.ops.reparameterize(mean, log_variance, noise, nonzero=nonzero, backend=backend)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_flow_pair_gradients_and_their_gradients(backend):
     inputs = (leaf(2, 4), leaf(2, seed=1), leaf(2, 4, seed=2))
 
@@ -157,6 +182,7 @@ def test_compiles_to_one_graph_forward_and_backward(backend):
 
     def run(x, z0):
         y = gs.ops.step([x, x.sin()], [0.5, 2.0], z0, gs.noise.SinCos(), 2, 5, 0.3, backend=backend)
+        y = gs.ops.reparameterize(y, x.cos(), z0, backend=backend)
         return y.square().sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -3,11 +3,12 @@
 
 GS_FN float widen_bf16(uint16_t h) { return from_bits(uint32_t(h) << 16); }
 
-GS_FN uint16_t narrow_bf16(float x) {
-  const uint32_t b = bits_of(x);
-  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-  return uint16_t((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u | (b >> 16) : rounded);
+// The upper half is the nearest bfloat16, ties to even; the lower half is left over. NaN stays NaN.
+GS_FN uint32_t rounded_bf16(float x) {
+  const uint32_t b = bits_of(x), rounded = b + 0x7fffu + ((b >> 16) & 1u);
+  return x != x ? b | 0x400000u : rounded;
 }
+GS_FN uint16_t narrow_bf16(float x) { return uint16_t(rounded_bf16(x) >> 16); }
 
 // Scaling by 2^112 moves half's exponent bias to float's and makes its subnormals normal.
 GS_FN float widen_f16(uint16_t h) {
@@ -50,15 +51,39 @@ void read_bf16(T* to, const uint16_t* from, int64_t stride, int64_t n) {
   }
 }
 
+// Whole vectors of half precision by the machine's own conversion: how many elements they hold. The
+// masks are all ones; GCC takes the unmasked forms for uninitialized.
+inline int64_t widen_f16_vectors(float* to, const uint16_t* from, int64_t n) {
+  int64_t i = 0;
+#if GS_X86_LEVEL >= 4
+  for (; i < n / 16 * 16; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)(from + i))));
+#elif GS_X86_LEVEL >= 3
+  for (; i < n / 8 * 8; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#endif
+  return i;
+}
+
+inline int64_t narrow_f16_vectors(uint16_t* to, const float* from, int64_t n) {
+  int64_t i = 0;
+#if GS_X86_LEVEL >= 4
+  for (; i < n / 16 * 16; i += 16)
+    _mm256_storeu_si256((__m256i*)(to + i), _mm512_maskz_cvtps_ph(0xffff, _mm512_loadu_ps(from + i),
+                                                                  _MM_FROUND_TO_NEAREST_INT));
+#elif GS_X86_LEVEL >= 3
+  for (; i < n / 8 * 8; i += 8)
+    _mm_storeu_si128((__m128i*)(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  return i;
+}
+
 template <class T>
 void read_f16(T* to, const uint16_t* from, int64_t stride, int64_t n) {
   int64_t i = 0;
-#if defined(__F16C__)
-  if (sizeof(T) == 4 && stride == 1)
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps((float*)(to + i),
-                       _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#endif
+  if constexpr (sizeof(T) == 4)
+    if (stride == 1) i = widen_f16_vectors(to, from, n);
   if (stride == 1) {
     GS_LOOP for (int64_t j = i; j < n; ++j) to[j] = T(widen_f16(from[j]));
   } else {
@@ -85,6 +110,12 @@ void read_part(T* to, const void* from, int dtype, int64_t stride, int64_t n) {
 
 template <class T>
 void read_block(T* to, const void* from, int dtype, int64_t stride, int64_t n) {
+  if (stride == 0) {
+    read_part(to, from, dtype, 1, 1);
+    const T value = to[0];
+    for (int64_t i = 1; i < n; ++i) to[i] = value;
+    return;
+  }
   if (stride != 1 || n < kBlock) return read_part(to, from, dtype, stride, n);
   const int64_t width = dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
   constexpr int64_t kPart = 256;
@@ -97,17 +128,12 @@ void read_block(T* to, const void* from, int dtype, int64_t stride, int64_t n) {
 
 template <class T>
 void narrow_block(uint16_t* to, int dtype, const T* from, int64_t n) {
-  int64_t i = 0;
   if (dtype == kBFloat16) {
-    GS_LOOP for (int64_t j = 0; j < n; ++j) to[j] = narrow_bf16(float(from[j]));
+    GS_LOOP for (int64_t i = 0; i < n; ++i) to[i] = narrow_bf16(float(from[i]));
     return;
   }
-#if defined(__F16C__)
-  if (sizeof(T) == 4)
-    for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps((const float*)(from + i)),
-                                                           _MM_FROUND_TO_NEAREST_INT));
-#endif
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) i = narrow_f16_vectors(to, from, n);
   GS_LOOP for (int64_t j = i; j < n; ++j) to[j] = narrow_f16(float(from[j]));
 }
 
@@ -121,9 +147,9 @@ inline void stream_bytes(void* to, const void* from, int64_t bytes) {
     memcpy(d, s, head);
     int64_t i = head;
     for (; i + 64 <= bytes; i += 64) {
-#if defined(__AVX512F__)
+#if GS_X86_LEVEL >= 4
       _mm512_stream_si512((__m512i*)(d + i), _mm512_loadu_si512((const void*)(s + i)));
-#elif defined(__AVX__)
+#elif GS_X86_LEVEL >= 3
       for (int j = 0; j < 64; j += 32)
         _mm256_stream_si256((__m256i*)(d + i + j), _mm256_loadu_si256((const __m256i*)(s + i + j)));
 #else

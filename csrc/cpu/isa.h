@@ -20,13 +20,14 @@ struct Loops {
   void (*read)(T* to, const void* from, int dtype, int64_t stride, int64_t n);
   void (*write)(void* to, int dtype, int64_t stride, const T* from, int64_t n, bool stream);
   void (*copy)(void* to, const void* from, int64_t bytes, bool stream);
-  // out = sum_k c[k] * x[k] (+ s * noise), and with s * wave(z): in the compute type, and with
-  // terms, z and out all in bfloat16
+  // out = sum_k c[k] * x[k] (+ s * noise), and with s * wave(z): in the compute type; the wave only as
+  // exact as a result in 16 bits needs; and with terms, z and out all in bfloat16
   using Combine = void(void* out, const void* const* x, const T* c, int terms, const T* noise, T s, int64_t n);
   using CombineWave = void(void* out, const void* const* x, const T* c, int terms, const void* z,
                            const Wave<T>& w, T s, int64_t n);
   Combine* combine;
   CombineWave* combine_wave;
+  CombineWave* combine_wave_coarse;
   Combine* combine_bf16;
   CombineWave* combine_wave_bf16;
   void (*clamp)(T* x, T lo, T hi, int64_t n);
@@ -36,7 +37,9 @@ struct Loops {
   double (*dot)(const T* x, const T* y, int64_t n);
   void (*wave)(T* out, const T* z, const Wave<T>& w, int64_t n);
   // dz0 += s * wave'(z) * g
-  void (*wave_pull)(T* dz0, const T* z, const T* g, const Wave<T>& w, T s, int64_t n);
+  using WavePull = void(void* dz0, const void* z, const void* g, const Wave<T>& w, T s, int64_t n);
+  WavePull* wave_pull;
+  WavePull* wave_pull_bf16;
   // out = (add ? out : 0) + a * normal of the elements begin .. begin + n - 1
   void (*normals)(T* out, int64_t begin, uint32_t step, uint64_t seed, T a, bool add, int64_t n);
   // out = (add ? out : 0) + a * sign[sample, begin + i] * x[i]

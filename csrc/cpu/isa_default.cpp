@@ -6,9 +6,10 @@
 #endif
 
 #define GS_LEVEL level_default
+#define GS_X86_LEVEL 0
 #include "loops.h"
 
 namespace gs {
-const Isa isa_default{"default", GS_LEVEL::make_loops<float, GS_LEVEL::BFloat16>(),
-                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>>()};
+const Isa isa_default{"default", GS_LEVEL::make_loops<float, GS_LEVEL::Coarse, GS_LEVEL::BFloat16>(),
+                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>, GS_LEVEL::Plain<double>>()};
 }

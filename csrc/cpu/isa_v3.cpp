@@ -11,11 +11,12 @@
 #pragma GCC target("arch=x86-64-v3")
 #endif
 #define GS_LEVEL level_v3
+#define GS_X86_LEVEL 3
 #include "loops.h"
 
 namespace gs {
-const Isa isa_v3{"x86-64-v3", GS_LEVEL::make_loops<float, GS_LEVEL::BFloat16>(),
-                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>>()};
+const Isa isa_v3{"x86-64-v3", GS_LEVEL::make_loops<float, GS_LEVEL::Coarse, GS_LEVEL::BFloat16>(),
+                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>, GS_LEVEL::Plain<double>>()};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

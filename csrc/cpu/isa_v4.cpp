@@ -11,11 +11,12 @@
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #endif
 #define GS_LEVEL level_v4
+#define GS_X86_LEVEL 4
 #include "loops.h"
 
 namespace gs {
-const Isa isa_v4{"x86-64-v4", GS_LEVEL::make_loops<float, GS_LEVEL::BFloat16>(),
-                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>>()};
+const Isa isa_v4{"x86-64-v4", GS_LEVEL::make_loops<float, GS_LEVEL::Coarse, GS_LEVEL::BFloat16>(),
+                  GS_LEVEL::make_loops<double, GS_LEVEL::Plain<double>, GS_LEVEL::Plain<double>>()};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of isa.h's loops, included once for each instruction set; no include guard.
+// The bodies of isa.h's loops, included once for each instruction set; no include guard. Intrinsics
+// ask for GS_X86_LEVEL: the compiler's own macros do not follow a target pragma before GCC 13.
 
 // Equal pointers may be passed (in-place use); a shift between them may not.
 #if defined(__clang__)
@@ -12,55 +13,43 @@ namespace gs {
 namespace GS_LEVEL {
 
 #include "convert.h"
+#include "elements.h"
 
-// How an element lies in memory: in the compute type, or in bfloat16.
-template <class T>
-struct Plain {
-  using Stored = T;
-  static GS_FN T get(T x) { return x; }
-  static GS_FN T put(T x) { return x; }
-};
-struct BFloat16 {
-  using Stored = uint16_t;
-  static GS_FN float get(uint16_t x) { return widen_bf16(x); }
-  static GS_FN uint16_t put(float x) { return narrow_bf16(x); }
-};
-
-template <class T, int K, class S>
-GS_FN T weighted_sum(const typename S::Stored* const* x, const T* c, int64_t i) {
-  T sum = c[0] * S::get(x[0][i]);
+template <class S, int K, int Lane, class T, class W>
+GS_FN T weighted_sum(const W& words, const T (&c)[K]) {
+  T sum = c[0] * S::template get<Lane>(words[0]);
   GS_UNROLL
-  for (int k = 1; k < K; ++k) sum = mul_add(c[k], S::get(x[k][i]), sum);
+  for (int k = 1; k < K; ++k) sum = mul_add(c[k], S::template get<Lane>(words[k]), sum);
   return sum;
 }
 
 template <class T, int K, class S>
-void combine_terms(void* to, const void* const* terms, const T* coefs, const T* noise, T s, int64_t n) {
-  using Stored = typename S::Stored;
-  Stored* out = (Stored*)to;
-  const Stored* x[K];
+void combine_terms(void* out, const void* const* terms, const T* coefs, const T* noise, T s, int64_t n) {
+  const void* x[K];
   T c[K];
-  for (int k = 0; k < K; ++k) x[k] = (const Stored*)terms[k], c[k] = coefs[k];
-  if (noise) {
-    GS_LOOP for (int64_t i = 0; i < n; ++i)
-      out[i] = S::put(mul_add(s, noise[i], weighted_sum<T, K, S>(x, c, i)));
-  } else {
-    GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = S::put(weighted_sum<T, K, S>(x, c, i));
-  }
+  for (int k = 0; k < K; ++k) x[k] = terms[k], c[k] = coefs[k];
+  if (noise)
+    map_elements<S>(out, x, n, [&](const auto& words, int64_t i, auto at) GS_INLINE {
+      return mul_add(s, noise[i], weighted_sum<S, K, at.lane>(words, c));
+    });
+  else
+    map_elements<S>(out, x, n, [&](const auto& words, int64_t, auto at) GS_INLINE {
+      return weighted_sum<S, K, at.lane>(words, c);
+    });
 }
 
 template <class T, int K, class S>
-void combine_wave_terms(void* to, const void* const* terms, const T* coefs, const void* source,
+void combine_wave_terms(void* out, const void* const* terms, const T* coefs, const void* source,
                         const Wave<T>& wave, T s, int64_t n) {
-  using Stored = typename S::Stored;
-  const Wave<T> w = wave;
-  Stored* out = (Stored*)to;
-  const Stored* z = (const Stored*)source;
-  const Stored* x[K];
+  Wave<T> w = wave;
+  w.gain *= s, w.amplitude *= s;
+  const void* x[K + 1];
   T c[K];
-  for (int k = 0; k < K; ++k) x[k] = (const Stored*)terms[k], c[k] = coefs[k];
-  GS_LOOP for (int64_t i = 0; i < n; ++i)
-    out[i] = S::put(mul_add(s, wave_value(w, S::get(z[i])), weighted_sum<T, K, S>(x, c, i)));
+  for (int k = 0; k < K; ++k) x[k] = terms[k], c[k] = coefs[k];
+  x[K] = source;
+  map_elements<S>(out, x, n, [&](const auto& words, int64_t, auto at) GS_INLINE {
+    return S::add_wave(weighted_sum<S, K, at.lane>(words, c), w, S::template get<at.lane>(words[K]));
+  });
 }
 
 #define GS_TERMS(call)           \
@@ -130,10 +119,37 @@ void wave(T* out, const T* z, const Wave<T>& wave, int64_t n) {
   GS_LOOP for (int64_t i = 0; i < n; ++i) out[i] = wave_value(w, z[i]);
 }
 
-template <class T>
-void wave_pull(T* dz0, const T* z, const T* g, const Wave<T>& wave, T s, int64_t n) {
-  const Wave<T> w = wave;
-  GS_LOOP for (int64_t i = 0; i < n; ++i) dz0[i] = mul_add(s * wave_slope(w, z[i]), g[i], dz0[i]);
+template <class T, class S>
+void wave_pull(void* dz0, const void* z, const void* g, const Wave<T>& wave, T s, int64_t n) {
+  Wave<T> w = wave;
+  w.gain *= s, w.slope *= s;
+  const void* x[3] = {dz0, z, g};
+  map_elements<S>(dz0, x, n, [&](const auto& words, int64_t, auto at) GS_INLINE {
+    return S::add_pull(S::template get<at.lane>(words[0]), w, S::template get<at.lane>(words[1]),
+                       S::template get<at.lane>(words[2]));
+  });
+}
+
+// normal_words with every word in 64 bits, as the products need: GCC would widen and narrow whole
+// vectors in each round, which takes as long as the rounds. Below AVX-512 a 64-bit product costs more.
+GS_FN Words wide_normal_words(uint64_t block, uint32_t step, uint64_t seed) {
+#if GS_X86_LEVEL >= 4
+  uint64_t c0 = uint32_t(block), c1 = block >> 32, c2 = step, c3 = kUseNormals;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  GS_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(kPhiloxM0) * uint32_t(c0), p1 = uint64_t(kPhiloxM1) * uint32_t(c2);
+    c0 = (p1 >> 32) ^ c1 ^ k0;
+    c1 = uint32_t(p1);
+    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c3 = uint32_t(p0);
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return {{uint32_t(c0), uint32_t(c1), uint32_t(c2), uint32_t(c3)}};
+#else
+  return normal_words(block, step, seed);
+#endif
 }
 
 template <class T>
@@ -149,7 +165,7 @@ void normals(T* out, int64_t begin, uint32_t step, uint64_t seed, T a, bool add,
     if (count > n - done) count = n - done;
     const int quads = int((skip + count + 3) / 4);
     GS_LOOP for (int q = 0; q < quads; ++q) {
-      const Words w = normal_words(first + q, step, seed);
+      const Words w = wide_normal_words(first + q, step, seed);
       word[0][q] = w.w[0], word[1][q] = w.w[1], word[2][q] = w.w[2], word[3][q] = w.w[3];
     }
     GS_LOOP for (int q = 0; q < quads; ++q)
@@ -242,11 +258,11 @@ void flow_pull(T* dx0, T* dx1, const T* gx, const T* gv, const Flow<T>& given, i
   }
 }
 
-template <class T, class Half>
+template <class T, class Rounded, class Half>
 constexpr Loops<T> make_loops() {
   return {read_block<T>, write_block<T>, copy_bytes, combine<T, Plain<T>>, combine_wave<T, Plain<T>>,
-          combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
-          scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T>, normals<T>,
+          combine_wave<T, Rounded>, combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
+          scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T, Plain<T>>, wave_pull<T, Half>, normals<T>,
           signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>};
 }
 

@@ -45,6 +45,16 @@ struct NoiseBlocks {
       loops.add_scaled(d, g, T(noise.coef * noise.weight), count);
   }
 
+  // The same for sincos where d, z0 and g are all bfloat16, else false.
+  bool pull_bf16(const Operand& d, const Operand& g, int64_t begin, int64_t count) const {
+    if (sizeof(T) == 8 || noise.kind != kSinCos) return false;
+    char* to = in_place(d, begin, count, kBFloat16);
+    const char* from = to ? in_place(g, begin, count, kBFloat16) : nullptr;
+    const char* z = from ? in_place(noise.source, begin, count, kBFloat16) : nullptr;
+    if (z) loops.wave_pull_bf16(to, z, from, wave, T(noise.coef), count);
+    return z != nullptr;
+  }
+
   // The same for the signed roll: g is given at the indices (from + offset) mod size.
   void pull_rolled(T* d, const T* g, int64_t sample, int64_t from, int64_t count) const {
     int64_t at = (from + noise.offset) % size;

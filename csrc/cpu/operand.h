@@ -23,14 +23,25 @@ struct Operand {
   explicit operator bool() const { return data != nullptr; }
   char* at(int64_t element) const { return data + element * bytes_of(dtype); }
 
-  // Where the run of the innermost axis that holds flat index `begin` starts.
-  int64_t row_offset(int64_t row) const {
-    int64_t offset = 0;
-    for (int d = dims - 2; d >= 0; --d) {
-      offset += (row % size[d]) * stride[d];
-      row /= size[d];
+  // body(done, address, count, stride) for every run along the innermost axis in the elements
+  // begin .. begin+n-1. Steps to the next run without a division, for runs may be short.
+  template <class F>
+  void for_runs(int64_t begin, int64_t n, const F& body) const {
+    const int inner = dims - 1;
+    const int64_t run = size[inner], step = stride[inner];
+    int64_t row = begin / run, from = begin % run, offset = 0, index[kMaxDims];
+    for (int d = inner - 1; d >= 0; row /= size[d--]) offset += (index[d] = row % size[d]) * stride[d];
+    for (int64_t done = 0; done < n; from = 0) {
+      const int64_t count = std::min(n - done, run - from);
+      body(done, at(offset + from * step), count, step);
+      done += count;
+      for (int d = inner - 1; d >= 0; --d) {
+        offset += stride[d];
+        if (++index[d] < size[d]) break;
+        offset -= size[d] * stride[d];
+        index[d] = 0;
+      }
     }
-    return offset;
   }
 };
 
@@ -59,9 +70,10 @@ constexpr int compute_dtype() { return sizeof(T) == 8 ? kFloat64 : kFloat32; }
 // Where elements begin .. begin+n-1 lie side by side as `dtype`, else nullptr.
 inline char* in_place(const Operand& x, int64_t begin, int64_t n, int dtype) {
   const int inner = x.dims - 1;
-  const int64_t run = x.size[inner], from = begin % run;
-  if (x.stride[inner] != 1 || from + n > run || x.dtype != dtype) return nullptr;
-  return x.at(x.row_offset(begin / run) + from);
+  if (x.stride[inner] != 1 || x.dtype != dtype || begin % x.size[inner] + n > x.size[inner]) return nullptr;
+  char* found = nullptr;
+  x.for_runs(begin, n, [&](int64_t, char* from, int64_t, int64_t) { found = from; });
+  return found;
 }
 
 // Where a block of results can be computed in place, else nullptr.
@@ -74,28 +86,18 @@ T* target(const Operand& x, int64_t begin, int64_t n) {
 template <class T>
 const T* load(const Loops<T>& loops, const Operand& x, int64_t begin, int64_t n, T* buffer) {
   if (const T* direct = target<T>(x, begin, n)) return direct;
-  const int inner = x.dims - 1;
-  const int64_t run = x.size[inner], step = x.stride[inner];
-  int64_t row = begin / run, from = begin % run;
-  for (int64_t done = 0; done < n; ++row, from = 0) {
-    const int64_t count = std::min(n - done, run - from);
-    loops.read(buffer + done, x.at(x.row_offset(row) + from * step), x.dtype, step, count);
-    done += count;
-  }
+  x.for_runs(begin, n, [&](int64_t done, char* from, int64_t count, int64_t stride) {
+    loops.read(buffer + done, from, x.dtype, stride, count);
+  });
   return buffer;
 }
 
 template <class T>
 void store(const Loops<T>& loops, const Operand& x, int64_t begin, int64_t n, const T* values,
            bool stream) {
-  const int inner = x.dims - 1;
-  const int64_t run = x.size[inner], step = x.stride[inner];
-  int64_t row = begin / run, from = begin % run;
-  for (int64_t done = 0; done < n; ++row, from = 0) {
-    const int64_t count = std::min(n - done, run - from);
-    loops.write(x.at(x.row_offset(row) + from * step), x.dtype, step, values + done, count, stream);
-    done += count;
-  }
+  x.for_runs(begin, n, [&](int64_t done, char* to, int64_t count, int64_t stride) {
+    loops.write(to, x.dtype, stride, values + done, count, stream);
+  });
 }
 
 // The block of a tensor that is added to: in place, or read into buffer and to be stored.

@@ -54,6 +54,8 @@ void step_blocks(const Step& a) {
   const bool noisy = a.noise.present(), stream = streams(a);
   const bool wave_only = noisy && a.noise.kind == kSinCos && a.noise.normal == 0 && !a.clamped;
   const bool halves = sizeof(T) == 4 && !a.clamped && !a.model;
+  const bool rounds = bytes_of(a.out.dtype) == 2 && (!a.model || bytes_of(a.model.dtype) == 2);
+  auto* combine_wave = rounds ? loops.combine_wave_coarse : loops.combine_wave;
   const T s = T(a.noise.coef), lo = T(a.lo), hi = T(a.hi);
 
   for_blocks(blocks, [&](int64_t first, int64_t last) {
@@ -70,7 +72,7 @@ void step_blocks(const Step& a) {
       T* out = direct ? direct : result;
       if (wave_only) {
         const T* z = load(loops, a.noise.source, b.begin, b.n, z_buffer);
-        loops.combine_wave(out, x, c, terms, z, noise.wave, s, b.n);
+        combine_wave(out, x, c, terms, z, noise.wave, s, b.n);
       } else {
         loops.combine(out, x, c, terms, noisy && !a.clamped ? n_buffer : nullptr, s, b.n);
         if (a.clamped) {
@@ -86,6 +88,18 @@ void step_blocks(const Step& a) {
     }
     if (stream) fence();
   });
+}
+
+// A term's cotangent c * g where both are bfloat16, else false.
+template <class T>
+bool scale_bf16(const Loops<T>& loops, const Operand& to, const Operand& g, const Block& b, T c, bool stream) {
+  char* target = sizeof(T) == 4 ? in_place(to, b.begin, b.n, kBFloat16) : nullptr;
+  const void* from = target ? in_place(g, b.begin, b.n, kBFloat16) : nullptr;
+  if (!from) return false;
+  alignas(64) uint16_t result[kBlock];
+  loops.combine_bf16(stream ? (void*)result : target, &from, &c, 1, nullptr, T(0), b.n);
+  if (stream) loops.copy(target, result, b.n * 2, true);
+  return true;
 }
 
 template <class T>
@@ -125,6 +139,7 @@ void pull_blocks(const StepPull& p) {
         for (int k = 0; k < terms; ++k) *sum++ = loops.dot((const T*)x[k], through, b.n);
       for (int k = 0; k < terms; ++k) {
         if (!p.dterms[k]) continue;
+        if (through == g && scale_bf16(loops, p.dterms[k], p.g, b, c[k], stream)) continue;
         T* direct = stream ? nullptr : target<T>(p.dterms[k], b.begin, b.n);
         loops.scale(direct ? direct : result, through, c[k], b.n);
         if (!direct) store(loops, p.dterms[k], b.begin, b.n, result, stream);
@@ -134,7 +149,7 @@ void pull_blocks(const StepPull& p) {
         *sum = loops.dot(result, g, b.n);
       }
       for (const Operand* d : {&p.dz0, &p.dgiven}) {
-        if (!*d) continue;
+        if (!*d || noise.pull_bf16(*d, p.g, b.begin, b.n)) continue;
         T* now = accumulator(loops, *d, b.begin, b.n, result);
         if (rolled) {
           const T* far = load_rolled(loops, p.g, base, blocks.size, b.from + a.noise.offset, b.n, masked);
