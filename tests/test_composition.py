@@ -242,8 +242,8 @@ def test_a_denoiser_in_cuda_graphs(memory, tmp_path):
 
 # The page.
 
-PAGE = Path(__file__).parents[1] / "docs" / "_z0_runs.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1:]  # the first is a plan
 
 
 @pytest.mark.parametrize("k", range(len(BLOCKS)))

@@ -59,6 +59,8 @@ CASES = {
     "res_2ab": {"solver": "res_2ab", "churn": gs.Churn(10.0), "noise": gs.noise.SignedRoll(3)},
     "dpmpp_2m_sde": {"solver": "dpmpp_2m_sde"},
     "final": {"solver": "dpmpp_2m", "final_denoise": True},
+    "leapfrog": {"solver": "midpoint_reversible"},
+    "leapfrog-churn": {"solver": "midpoint_reversible", "churn": gs.Churn(5.0)},
 }
 
 
@@ -79,7 +81,7 @@ def test_peaks_of_eight_steps(case, frozen):
     hold(plan, [1, 3], denoiser, z0, sigmas, list(network.parameters()), **CASES[case])
 
 
-@pytest.mark.parametrize("case", ["euler", "res_2ab"])
+@pytest.mark.parametrize("case", ["euler", "res_2ab", "leapfrog"])
 def test_peaks_of_many_steps(case):
     network = Convolutions(width=2).requires_grad_(False)
     z0, sigmas, denoiser = torch.zeros(SHAPE, requires_grad=True), levels(32), gs.EDM(network)
@@ -423,7 +425,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
 
 
 def test_the_page_runs_and_prints_what_it_shows(capsys):
-    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     shown = re.search(r"^    memory .*?budget[^\n]*$", PAGE, re.MULTILINE | re.DOTALL)[0]
     names = {}
     exec(compile(block, "docs/memory.md", "exec"), names)

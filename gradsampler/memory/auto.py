@@ -12,6 +12,7 @@ from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.host import Host
+from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.saved import Saved
 from gradsampler.memory.store import Store
@@ -24,7 +25,8 @@ _STATES = 0.5  # of what is free that states or snapshots may take
 
 @dataclass(frozen=True)
 class Auto(Memory):
-    """`Checkpoint`, and beside it the activations of as many calls as fit into what is free.
+    """`Reversible` for a run that can be undone, else `Checkpoint`, and beside it the activations
+    of as many calls as fit into what is free.
 
     The first call of the run shows how much autograd keeps of one. Then the last k calls are
     kept whole, as many as fit, and only the N - k before them are made again in backward: the time
@@ -40,6 +42,8 @@ class Auto(Memory):
     """
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        if Reversible().integers(trajectory, z0) is not None:
+            return Reversible().run(trajectory, z0)
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
         count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()

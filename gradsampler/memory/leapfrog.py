@@ -60,6 +60,11 @@ class Leapfrog:
     leaps: tuple[Leap, ...]  # of the state of each evaluation, then of the output if it is one
     rest: Stage | None  # the output where it is another combination, of what came last
 
+    @property
+    def undone(self) -> bool:
+        """Whether there is a step to undo: in runs of one or two any solver's steps are leaps."""
+        return len(self.leaps) > 2
+
     @classmethod
     def of(cls, program: Program) -> "Leapfrog | None":
         """The program as leaps, or None where it is none."""

@@ -15,6 +15,7 @@ from gradsampler.memory.base import Memory
 from gradsampler.memory.capacity import readable
 from gradsampler.memory.footprint import Footprint
 from gradsampler.memory.predictor import Predictor, Row
+from gradsampler.memory.reversible import Reversible
 from gradsampler.noise import NoiseSource
 from gradsampler.parameterization import Parameterization
 from gradsampler.solvers import Churn, Solver
@@ -118,9 +119,9 @@ def plan(
             the device of z0.
 
     Returns:
-        A `Plan` with a row for store, checkpoint, offload (on a device other than the CPU), and
-        revolve with the most slots that fit, or one slot. ``gs.sample(..., memory=plan.best)``
-        takes the fastest.
+        A `Plan` with a row for store, reversible (where the steps can be undone), checkpoint,
+        offload (on a device other than the CPU), and revolve with the most slots that fit, or one
+        slot. ``gs.sample(..., memory=plan.best)`` takes the fastest.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any model call.
@@ -152,6 +153,8 @@ def plan(
     room = capacity.free(z0.device) if room is None else room
     if room is None:
         _checks.fail("budget", "be given where the free memory is not known", budget)
-    call = footprint.measured(trajectory, z0.to(trajectory.state_dtype).requires_grad_())
-    predictor = Predictor(program, call, z0.dtype != trajectory.state_dtype, room)
+    start = z0.to(trajectory.state_dtype)
+    integers = Reversible().integers(trajectory, start)
+    call = footprint.measured(trajectory, start.requires_grad_())
+    predictor = Predictor(program, call, z0.dtype != trajectory.state_dtype, room, integers)
     return Plan(tuple(predictor.rows(away=z0.device.type != "cpu")), room, predictor)

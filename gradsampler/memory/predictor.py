@@ -13,6 +13,7 @@ from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.footprint import Footprint
 from gradsampler.memory.offload import Offload
 from gradsampler.memory.rehearsal import Cost, Rehearsal
+from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
 from gradsampler.program import Program
@@ -45,10 +46,14 @@ class Predictor:
     footprint: Footprint
     converted: bool
     budget: int
+    integers: torch.dtype | None = None  # of a run that can be undone
 
     def rows(self, *, away: bool) -> Iterator[Row]:
         """A row a strategy, the fastest first; ``away`` is a device other than the host."""
         yield self._row("store", Store(), self._rehearsal().store())
+        if self.integers is not None:
+            cost = self._rehearsal().reversible(self.integers.itemsize)
+            yield self._row("reversible", Reversible(), cost)
         yield self._row("checkpoint", Checkpoint(), self._rehearsal().checkpoint())
         if away:
             yield self._row("offload", Offload(), self._rehearsal().offload())

@@ -116,6 +116,20 @@ class Rehearsal:
         self._transposed(self._again)
         return self._cost(host=self._footprint.state * (len(self._starts) - 1))
 
+    def reversible(self, width: int) -> Cost:
+        """Two integers of ``width`` bytes an element, and no states."""
+        cost = self._footprint
+        self._heap.new(2 * width * cost.elements)
+        x = self._heap.new(cost.state)
+        for _ in self._evaluations:
+            outputs = self._called()
+            following = self._heap.new(cost.state)
+            for block in (x, *outputs):
+                self._heap.drop(block)
+            x = following
+        self._transposed(lambda: [self._heap.new(cost.state), *self._again()])
+        return self._cost()
+
     def revolve(self, slots: int) -> Cost:
         """Snapshots, at most ``slots`` at a time, by the schedule of `memory.Revolve`."""
         schedule = iter(MultistageCheckpointSchedule(len(self._starts) - 1, slots, 0))

@@ -53,6 +53,23 @@ class Reversible(Memory):
             _checks.fail("Reversible: amplitude", "be positive", self.amplitude)
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        pair = self._pair(trajectory, z0)
+        if not torch.is_grad_enabled():
+            return pair.forward(z0, trajectory, _plain(trajectory))
+        adjoint = _Reversing(trajectory, pair, z0)
+        return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
+
+    def integers(self, trajectory: Trajectory, z0: Tensor) -> torch.dtype | None:
+        """The dtype of the integers for a run whose steps are to be undone, else None."""
+        scheme = Leapfrog.of(trajectory.program)
+        if scheme is None or not scheme.undone:
+            return None
+        try:
+            return self._pair(trajectory, z0).unit.dtype
+        except ValueError:  # 64 bits are too few
+            return None
+
+    def _pair(self, trajectory: Trajectory, z0: Tensor) -> "Pair":
         scheme = Leapfrog.of(trajectory.program)
         if scheme is None:
             _checks.fail(
@@ -65,11 +82,7 @@ class Reversible(Memory):
         reach = z0.detach().abs().max().item() if z0.numel() else 0.0
         reach = max(reach, 8.0) if reach < torch.inf else 8.0
         unit = scheme.format(trajectory.program, self.amplitude, reach, trajectory.state_dtype)
-        pair = Pair(trajectory, scheme, unit)
-        if not torch.is_grad_enabled():
-            return pair.forward(z0, trajectory, _plain(trajectory))
-        adjoint = _Reversing(trajectory, pair, z0)
-        return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
+        return Pair(trajectory, scheme, unit)
 
 
 def _plain(trajectory: Trajectory) -> Evaluate:
@@ -92,13 +105,13 @@ class Pair:
         self._leaps, self._rest = scheme.leaps, scheme.rest
         self._evaluations = trajectory.program.evaluations
         self._numbers: list[float] = trajectory.program.coefficients.tolist()
-        self._unit = unit
+        self.unit = unit
         self._older = self._newer = self._overflow = torch.empty(0)
         self._newest = -1  # the position of the newer state
 
     def forward(self, z0: Tensor, trajectory: Trajectory, evaluate: Evaluate) -> Tensor:
         """Runs from the start, seen by the observer of ``trajectory``; returns the output."""
-        self._older = torch.zeros_like(z0, dtype=self._unit.dtype)
+        self._older = torch.zeros_like(z0, dtype=self.unit.dtype)
         self._newer, self._newest = torch.zeros_like(self._older), -1
         self._overflow = torch.zeros(1, dtype=torch.int32, device=z0.device)
         slots = {Z0: z0}
@@ -157,7 +170,7 @@ class Pair:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Adds what state ``j`` adds to that before the last to ``carried``, or takes it away."""
         leap, trajectory = self._leaps[j], self._trajectory
-        units = 2.0**self._unit.bits / leap.scale
+        units = 2.0**self.unit.bits / leap.scale
         tensors = [slots[slot] for slot, _ in leap.terms]
         factors = [units * self._numbers[c] for _, c in leap.terms]
         injections = leap.stage.injections
@@ -178,7 +191,7 @@ class Pair:
     def _scales(self, j: int) -> tuple[float, float | None, torch.dtype]:
         """What state ``j`` is of the integers, and the model's input of it where that differs."""
         state_dtype, model_dtype = self._trajectory.state_dtype, self._trajectory.model_dtype
-        scale, c_in = self._leaps[j].scale * 2.0**-self._unit.bits, None
+        scale, c_in = self._leaps[j].scale * 2.0**-self.unit.bits, None
         if j < len(self._evaluations) and state_dtype in (torch.float32, torch.float64):
             c_in = self._numbers[self._evaluations[j].c_in]
             if c_in == 1.0 and model_dtype == state_dtype:
@@ -189,7 +202,7 @@ class Pair:
         bits = 8 * self._older.element_size()
         raise OverflowError(
             f"memory=Reversible: the states must be finite and fit {bits} bits, "
-            f"{self._unit.bits} of them below one, got one that does not; raise its amplitude, "
+            f"{self.unit.bits} of them below one, got one that does not; raise its amplitude, "
             "check the denoiser, or take memory='checkpoint'"
         )
 
@@ -255,7 +268,7 @@ def _digest(outputs: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=outputs[0].device)
     for output in outputs:
         bits = output.detach().flatten().view(_INTEGERS[output.element_size()])
-        for part in bits.split(2**20):  # of the whole, the wide integers would be several states
+        for part in bits.chunk(64):  # of the whole, the wide integers would be several states
             wide = part.to(torch.int64)
             total = 31 * total + (wide * (wide + 0x5851F42D4C957F2D)).sum()
     return total
