@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The per-element formulas of the four ops, forward and backward side by side, host and device.
+// The per-element formulas of the ops, forward and backward side by side, host and device.
 // T is the compute type, float or double.
 #pragma once
 #include "philox.h"

@@ -12,6 +12,7 @@ namespace gs {
 namespace GS_LEVEL {
 
 #include "convert.h"
+#include "leap.h"
 
 // How an element lies in memory: in the compute type, or in bfloat16.
 template <class T>
@@ -247,7 +248,8 @@ constexpr Loops<T> make_loops() {
   return {read_block<T>, write_block<T>, copy_bytes, combine<T, Plain<T>>, combine_wave<T, Plain<T>>,
           combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
           scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T>, normals<T>,
-          signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>};
+          signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>,
+          {leap<T, int32_t>, scaled_integers<T, int32_t>}, {leap<T, int64_t>, scaled_integers<T, int64_t>}};
 }
 
 }  // namespace GS_LEVEL
