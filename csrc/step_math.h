@@ -93,6 +93,20 @@ GS_FN T wave_slope(const Wave<T>& w, T z) {
   return mul_add(w.slope, sin_half_turns(z, w.hi, w.lo, w.quarter), w.gain);
 }
 
+// ---- rounding of a step in integers (MATH.md 7) ---------------------------------------------
+
+// The nearest integer, the even one of two: the adder rounds where the type has no fractions left.
+GS_FN float nearest(float x) {
+  const float size = from_bits(bits_of(x) & 0x7fffffffu);
+  const float whole = size < 0x1p23f ? (size + 0x1p23f) - 0x1p23f : size;
+  return from_bits(bits_of(whole) | (bits_of(x) & 0x80000000u));
+}
+GS_FN double nearest(double x) {
+  const double size = from_bits(bits_of(x) & ~(uint64_t(1) << 63));
+  const double whole = size < 0x1p52 ? (size + 0x1p52) - 0x1p52 : size;
+  return from_bits(bits_of(whole) | (bits_of(x) & uint64_t(1) << 63));
+}
+
 // ---- clamp: torch.clamp's value (NaN passes) and torch.clamp's mask ------------------------
 
 template <class T>

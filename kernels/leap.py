@@ -148,7 +148,8 @@ def leap(
             leap_kernel[(t.programs,)](
                 integers, tuple(parts), launch.numbers(coefs, compute), source, inject_.numbers,
                 launch.numbers((noise_coef,), compute), sign, overflow,
-                launch.numbers((scale,), shown), state, launch.numbers((model_scale or 0.0,), shown),
+                launch.numbers((scale,), shown), state,
+                launch.numbers((1.0 if model_scale is None else model_scale,), shown),
                 model_in, t.size, t.count, **inject_.words,
                 KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
                 PER_SAMPLE=per_sample, MASK=t.mask, COMPUTE=compute, STATE=shown, BLOCK=block,

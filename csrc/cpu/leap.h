@@ -1,18 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loops of a state in integers, one block at a time. Included by loops.h inside its level.
 
-// The nearest integer, the even one of two: the adder rounds where the type has no fractions left.
-GS_FN float nearest(float x) {
-  const float size = from_bits(bits_of(x) & 0x7fffffffu);
-  const float whole = size < 0x1p23f ? (size + 0x1p23f) - 0x1p23f : size;
-  return from_bits(bits_of(whole) | (bits_of(x) & 0x80000000u));
-}
-GS_FN double nearest(double x) {
-  const double size = from_bits(bits_of(x) & ~(uint64_t(1) << 63));
-  const double whole = size < 0x1p52 ? (size + 0x1p52) - 0x1p52 : size;
-  return from_bits(bits_of(whole) | (bits_of(x) & uint64_t(1) << 63));
-}
-
 // w += sign * round(change); whether all of it stayed within the range, which ends a bit before the
 // integers', so that a sum of two within it does not wrap.
 template <class T, class I>
