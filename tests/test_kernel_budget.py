@@ -49,7 +49,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import kernel_budget
 import torch
-from gradsampler.kernels import step
+from gradsampler.kernels import leap, step
 from gradsampler.noise import SIGNED_ROLL, SINCOS, Draw
 
 x = torch.empty(2, 64)
@@ -63,6 +63,17 @@ for kind in (SINCOS, SIGNED_ROLL):
                 step.step_fwd([x.to(dtype)], [float(index)], x, draw, 0.5 * index + 1)
             variants.add(kernel_budget.source(*launches[0][:2]).hash())
         assert len(variants) == 1, (kind, dtype)
+
+carried, overflow = torch.empty(2, 64, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
+variants = set()
+for sign in (1, -1):
+    draw = Draw(SINCOS, sign + 1, rate=0.1, amplitude=sign)
+    with kernel_budget.recorded_launches() as launches:
+        leap.leap(carried, [x], [float(sign)], x, draw, 1.0, sign=sign, scale=sign + 2.0,
+                  overflow=overflow, out_dtype=torch.float32)
+    assert launches[0].options == {"enable_fp_fusion": False}  # else bits might differ
+    variants.add(kernel_budget.source(*launches[0][:2]).hash())
+assert len(variants) == 1
 """
 
 

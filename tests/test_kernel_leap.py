@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton decides when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-from leaps import Case, Leaps, kinds  # noqa: E402
+from leaps import Case, Leaps  # noqa: E402
 
 from gradsampler.kernels import leap as kernel  # noqa: E402
 
@@ -42,11 +42,10 @@ def _poisoned():
 
 
 class TestTriton(Leaps):
-    @kinds
+    @pytest.mark.parametrize("kind", ["sincos", "philox", "signed_roll"])
     @pytest.mark.parametrize("size", [1, 16, 255, 257, 1024, 1040])
     def test_every_kind_of_mask_and_block_size(self, leap, device, kind, size):
-        if "roll" in kind and size == 1:
-            return
-        case = Case(device, (2, size), kind)
-        small = case.holds(leap, block=128)
-        assert torch.equal(small, case.holds(leap, block=512))
+        if kind == "signed_roll" and size == 1:
+            pytest.skip("a state of one element cannot be rolled")
+        case = Case(device, (1, size), kind)
+        assert torch.equal(case.holds(leap, block=128), case.holds(leap, block=1024))
