@@ -93,6 +93,18 @@ GS_FN T wave_slope(const Wave<T>& w, T z) {
   return mul_add(w.slope, sin_half_turns(z, w.hi, w.lo, w.quarter), w.gain);
 }
 
+// ---- clamp: torch.clamp's value (NaN passes) and torch.clamp's mask ------------------------
+
+template <class T>
+GS_FN T clamp_value(T x, T lo, T hi) {
+  x = x < lo ? lo : x;
+  return x > hi ? hi : x;
+}
+template <class T>
+GS_FN T clamp_pull(T g, T x, T lo, T hi) {
+  return (x >= lo) & (x <= hi) ? g : T(0);
+}
+
 // ---- rounding of a step in integers (MATH.md 7) ---------------------------------------------
 
 // The nearest integer, the even one of two: the adder rounds where the type has no fractions left.
@@ -105,18 +117,6 @@ GS_FN double nearest(double x) {
   const double size = from_bits(bits_of(x) & ~(uint64_t(1) << 63));
   const double whole = size < 0x1p52 ? (size + 0x1p52) - 0x1p52 : size;
   return from_bits(bits_of(whole) | (bits_of(x) & uint64_t(1) << 63));
-}
-
-// ---- clamp: torch.clamp's value (NaN passes) and torch.clamp's mask ------------------------
-
-template <class T>
-GS_FN T clamp_value(T x, T lo, T hi) {
-  x = x < lo ? lo : x;
-  return x > hi ? hi : x;
-}
-template <class T>
-GS_FN T clamp_pull(T g, T x, T lo, T hi) {
-  return (x >= lo) & (x <= hi) ? g : T(0);
 }
 
 // ---- exponential and logarithm ------------------------------------------------------------

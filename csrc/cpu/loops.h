@@ -12,7 +12,6 @@ namespace gs {
 namespace GS_LEVEL {
 
 #include "convert.h"
-#include "leap.h"
 
 // How an element lies in memory: in the compute type, or in bfloat16.
 template <class T>
@@ -208,6 +207,8 @@ void signs(T* out, const T* x, int64_t begin, uint32_t sample, uint32_t step, ui
   add ? sign_blocks<T, true>(out, x, begin, sample, step, seed, a, n)
       : sign_blocks<T, false>(out, x, begin, sample, step, seed, a, n);
 }
+
+#include "leap.h"
 
 template <class T>
 void ancestral(T* out, const T* x, const T* eps, const T* v, const T* noise, const Ancestral<T>& given,
