@@ -53,7 +53,7 @@ sanitize: $(VENV)/.tested
 	cd $(SANITIZED) && LD_PRELOAD="$(foreach n,asan ubsan stdc++,$(shell g++ -print-file-name=lib$n.so))" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 		$(CURDIR)/$(BIN)/python -m pytest tests/test_native_step.py tests/test_native_pairs.py \
-		tests/test_native_half.py tests/test_native_runtime.py
+		tests/test_native_leap.py tests/test_native_half.py tests/test_native_runtime.py
 	cd $(SANITIZED) && g++ -std=c++20 -O1 -g1 -Wall -fsanitize=thread $$($(CURDIR)/$(BIN)/python -c \
 		"from torch.utils.cpp_extension import include_paths as i; print(*('-I' + p for p in i()))") \
 		csrc/tests/threads.cpp csrc/cpu/*.cpp -o threads && ./threads
@@ -62,8 +62,8 @@ sanitize: $(VENV)/.tested
 test-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest tests/test_kernel_step.py tests/test_kernel_ancestral.py \
-		tests/test_kernel_flow_pair.py tests/test_torch_library.py tests/test_backends.py \
-		tests/test_philox.py tests/test_strategies.py
+		tests/test_kernel_flow_pair.py tests/test_kernel_leap.py tests/test_torch_library.py \
+		tests/test_backends.py tests/test_philox.py tests/test_strategies.py
 
 bench-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .

@@ -10,6 +10,7 @@ Each op's values are compared with the reference before it is timed.
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import memory
@@ -153,6 +154,44 @@ def adjoint(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
     measured(table, "adjoint_step sincos", lam, 7 * lam.nbytes, {"triton": fused}, rounds)
 
 
+def leap(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
+    """A step on a state in integers, forward and back; ``dtype`` is the model's."""
+    x, z0 = (torch.randn(1, size, device=DEVICE) for _ in range(2))
+    d, backend = torch.randn(1, size, device=DEVICE).to(dtype), triton()
+    overflow = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for integer in (torch.int32, torch.int64):
+        for kind, draw in draws(z0).items():
+            carried = torch.zeros(1, size, dtype=integer, device=DEVICE)
+            there = carried.clone()
+
+            def moved(
+                backend: backends.Backend, carried: Tensor, sign: int, draw: Draw | None = draw
+            ) -> tuple[Tensor | None, Tensor | None]:
+                return backend.leap(
+                    carried, [x, d], [0.9 * 2**20, 0.1 * 2**20], z0, draw, 0.3 * 2**20, sign=sign,
+                    scale=2.0**-20, overflow=overflow, out_dtype=x.dtype, wants_state=sign > 0,
+                    model_scale=0.5, model_dtype=dtype,
+                )  # fmt: skip
+
+            found = moved(backend, carried, 1)
+            moved(backends.REFERENCE, there, 1)
+            assert int((carried - there).abs().max()) <= 2, "wrong integers: not timed"
+            expected = reference.fixed_point(carried, 2.0**-20, x.dtype, 0.5, dtype)
+            if DEVICE == "cuda":  # the interpreter cuts bfloat16 off
+                assert all(map(torch.equal, found, expected)), "wrong bits: not timed"
+            moved(backend, carried, -1)
+            assert not carried.any(), "not undone: not timed"
+            operands = 2 * carried.nbytes + x.nbytes + d.nbytes
+            operands += z0.nbytes if kind in ("sincos", "signed_roll") else 0
+            name = f"leap {str(integer).removeprefix('torch.')} {kind}"
+            variants: dict[str, Callable[[], object]] = {
+                "triton": partial(moved, backend, carried, 1)
+            }
+            measured(table, name, d, operands + x.nbytes + d.nbytes, variants, rounds)
+            variants = {"triton": partial(moved, backend, carried, -1)}
+            measured(table, f"{name} undone", d, operands, variants, rounds)
+
+
 def launch(table: Rows) -> None:
     """Host time a step for a small latent: three backends' worth, and inside a CUDA graph."""
     x, d, z0 = (torch.randn(1, 4, 64, 64, device=DEVICE) for _ in range(3))
@@ -226,6 +265,7 @@ def main() -> None:
             forward(table, size, dtype, rounds)
             backward(table, size, dtype, rounds)
             adjoint(table, size, dtype, rounds)
+            leap(table, size, dtype, rounds)
     launch(table)
     crossover(table, [64, 256] if small else [2**k for k in range(10, 25, 2)], rounds)
     counts = (2, 4) if small else memory.STEPS

@@ -19,8 +19,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
 
@@ -29,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, step
+from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
 from gradsampler.noise import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 
 TARGETS = {
@@ -111,6 +112,18 @@ def _adjoint_step(noise: str, dtype: torch.dtype) -> int:
     return {"off": 4, "sincos": 7, "signed_roll": 6}[noise] * x.itemsize
 
 
+def _leap(integers: torch.dtype, noise: str, dtype: torch.dtype) -> int:
+    x, carried = torch.empty(SHAPE), torch.empty(SHAPE, dtype=integers)
+    d = torch.empty(SHAPE, dtype=dtype)
+    leap.leap(
+        carried, [x, d], [0.5, 0.5], x, _draw(noise, dtype), 0.7, sign=1, scale=0.5,
+        overflow=torch.empty(1, dtype=torch.int32), out_dtype=x.dtype, model_scale=0.5,
+        model_dtype=dtype,
+    )  # fmt: skip
+    floats = 2 if noise in ("off", "philox") else 3
+    return floats * x.itemsize + 2 * d.itemsize + 2 * carried.itemsize
+
+
 def _ancestral_step_fwd(noise: str, dtype: torch.dtype) -> int:
     x = torch.empty(SHAPE, dtype=dtype)
     output = torch.empty(SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], dtype=dtype)
@@ -143,6 +156,8 @@ CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
     ("step_fwd+model_in", _step_fwd_model_in, ("sincos", "signed_roll")),
     ("step_bwd", _step_bwd, ("off", "sincos", "signed_roll")),
     ("adjoint_step", _adjoint_step, ("off", "sincos", "signed_roll")),
+    ("leap int32", partial(_leap, torch.int32), ("off", "sincos", "signed_roll", "philox")),
+    ("leap int64", partial(_leap, torch.int64), ("off", "sincos", "signed_roll", "philox")),
     ("ancestral_step_fwd", _ancestral_step_fwd, ("given",)),
     ("ancestral_step_bwd", _ancestral_step_bwd, ("given",)),
     ("flow_pair_fwd", _flow_pair_fwd, ("given", "philox")),
@@ -152,6 +167,7 @@ KERNELS = [
     step.step_fwd_kernel,
     step.step_bwd_kernel,
     adjoint.adjoint_step_kernel,
+    leap.leap_kernel,
     ancestral.ancestral_step_fwd_kernel,
     ancestral.ancestral_step_bwd_kernel,
     flow_pair.flow_pair_fwd_kernel,
@@ -159,15 +175,24 @@ KERNELS = [
 ]
 
 
+class Launch(NamedTuple):
+    """A launch of a kernel, by the names of its arguments."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]  # of the compiler
+
+
 @contextlib.contextmanager
-def recorded_launches() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
-    """Collects (kernel, arguments by name) of every launch instead of launching."""
-    launches: list[tuple[Any, dict[str, Any]]] = []
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collects every launch instead of launching."""
+    launches: list[Launch] = []
 
     def recorder(kernel: Any) -> Callable[..., None]:
         def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
             bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            launches.append((kernel, {name: bound[name] for name in kernel.arg_names}))
+            arguments = {name: bound.pop(name) for name in kernel.arg_names}
+            launches.append(Launch(kernel, arguments, bound))
 
         return run
 
@@ -180,7 +205,13 @@ def recorded_launches() -> Iterator[list[tuple[Any, dict[str, Any]]]]:
             del kernel.run
 
 
-POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -259,9 +290,9 @@ def measure(name: str, arch: str, dtype: str, noise: str, run: Callable[..., int
     launch.WARP = target.warp_size
     with recorded_launches() as launches:
         traffic = run(noise, DTYPES[dtype])
-    ((kernel, arguments),) = launches
+    ((kernel, arguments, options),) = launches
     compiled = triton.compile(
-        source(kernel, arguments), target=target, options={"num_warps": NUM_WARPS}
+        source(kernel, arguments), target=target, options={"num_warps": NUM_WARPS, **options}
     )
     registers, stack, spills, code = (_amd if target.backend == "hip" else _nvidia)(compiled)
     loads = [_width(c) for c in code if re.match(r"LDG|(global|buffer)_load", c)]

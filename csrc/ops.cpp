@@ -166,6 +166,26 @@ void adjoint_cpu(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, bool
   if (like.numel) adjoint(w);
 }
 
+void leap_cpu(Tensor carried, Maybe state, Maybe model, Tensor overflow, std::vector<Tensor> terms, Floats coefs,
+              Maybe source, Ints draw, Floats numbers, int64_t sign, double scale, double model_scale, bool wide) {
+  const char* op = "leap";
+  const Like like = like_terms(op, terms, 1);
+  Leap a;
+  a.carried = integers(carried, like, {op, "carried"});
+  for (size_t k = 0; k < terms.size(); ++k) a.terms.push_back(operand(terms[k], like, {op, "terms", int64_t(k)}));
+  check_count(op, "coefs", coefs.size(), terms.size());
+  a.coefs = coefs;
+  a.noise = noise_of(op, draw, numbers, source, {}, like);
+  a.sign = int(sign);
+  a.scale = scale;
+  a.model_scale = model_scale;
+  a.state = output(state, like, {op, "state"});
+  a.model = output(model, like, {op, "model_input"});
+  a.overflow = flag(overflow, like, {op, "overflow"});
+  a.shape = like.shape(wide);
+  if (like.numel) leap(a);
+}
+
 // coefs and nonzero: one row for all samples, or one a sample.
 AncestralStep ancestral_of(const char* op, const Tensor& x, const Tensor& eps, const Maybe& v,
                            const Tensor& noise, const Floats& coefs, const Maybe& coefs_tensor,
@@ -268,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradsampler_native, CPU, m) {
   m.impl("step", TORCH_BOX(&gs::step_cpu));
   m.impl("step_bwd", TORCH_BOX(&gs::step_bwd_cpu));
   m.impl("adjoint_step", TORCH_BOX(&gs::adjoint_cpu));
+  m.impl("leap", TORCH_BOX(&gs::leap_cpu));
   m.impl("ancestral_step", TORCH_BOX(&gs::ancestral_cpu));
   m.impl("ancestral_step_bwd", TORCH_BOX(&gs::ancestral_bwd_cpu));
   m.impl("flow_pair", TORCH_BOX(&gs::flow_pair_cpu));

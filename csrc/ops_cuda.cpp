@@ -100,6 +100,28 @@ void adjoint_cuda(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, boo
   s.finish(cuda::adjoint_step(c, s.wide, s.stream()));
 }
 
+void leap_cuda(Tensor carried, Maybe state, Maybe model, Tensor overflow, std::vector<Tensor> terms, Floats coefs,
+               Maybe source, Ints draw, Floats numbers, int64_t sign, double scale, double model_scale, bool wide) {
+  check_terms("leap", terms);
+  Session s("leap", terms[0]);
+  cuda::LeapCall c;
+  c.terms = int(terms.size());
+  STD_TORCH_CHECK(coefs.size() == terms.size(), "leap: coefs must hold ", terms.size(), " numbers, got ",
+                  coefs.size());
+  for (int k = 0; k < c.terms; ++k) c.term[k] = s.input(terms[k], "terms", k);
+  std::copy(coefs.begin(), coefs.end(), c.coefs);
+  c.noise = noise_of(s, draw, numbers, source, {});
+  c.wide_integers = s.integral(carried, "carried", c.carried);
+  c.sign = int(sign);
+  c.scale = scale;
+  c.model_scale = model_scale;
+  c.state = s.result(state, "state");
+  c.model = s.result(model, "model_input");
+  c.overflow = flag(overflow, s.like, {"leap", "overflow"});
+  c.rows = s.rows(c.noise.kind == kSignedRoll);
+  s.finish(cuda::leap(c, wide, s.stream()));
+}
+
 cuda::AncestralCall ancestral_of(Session& s, const Tensor& x, const Tensor& eps, const Maybe& v,
                                  const Tensor& noise, const Floats& coefs, const Maybe& coefs_tensor,
                                  const Maybe& nonzero, const Floats& clamp) {
@@ -195,6 +217,7 @@ STABLE_TORCH_LIBRARY_IMPL(gradsampler_native, CUDA, m) {
   m.impl("step", TORCH_BOX(&gs::step_cuda));
   m.impl("step_bwd", TORCH_BOX(&gs::step_bwd_cuda));
   m.impl("adjoint_step", TORCH_BOX(&gs::adjoint_cuda));
+  m.impl("leap", TORCH_BOX(&gs::leap_cuda));
   m.impl("ancestral_step", TORCH_BOX(&gs::ancestral_cuda));
   m.impl("ancestral_step_bwd", TORCH_BOX(&gs::ancestral_bwd_cuda));
   m.impl("flow_pair", TORCH_BOX(&gs::flow_pair_cuda));

@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY(gradsampler_native, m) {
       "adjoint_step(Tensor(a!) lam, Tensor(b!)? mu, Tensor(c!)? dz0, Tensor[] lams, bool has_g, float[] a, "
       "float[] b, Tensor? source, Tensor? noise_coef, int[] draw, float[] noise) -> ()");
   m.def(
+      "leap(Tensor(a!) carried, Tensor(b!)? state, Tensor(c!)? model_input, Tensor(d!) overflow, "
+      "Tensor[] terms, float[] coefs, Tensor? source, int[] draw, float[] noise, int sign, float scale, "
+      "float model_scale, bool wide) -> ()");
+  m.def(
       "ancestral_step(Tensor(a!) out, Tensor x, Tensor eps, Tensor? v, Tensor noise, float[] coefs, "
       "Tensor? coefs_tensor, Tensor? nonzero, float[] clamp) -> ()");
   m.def(

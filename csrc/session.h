@@ -65,6 +65,13 @@ struct Session {
     Slot slot;
     return by_samples(x, name, slot, stride) ? slot : result(x, name);
   }
+  // Integers that are changed; true if they are 64 bits wide.
+  bool integral(const Tensor& x, const char* name, void*& data) {
+    const Operand checked = integers(x, like, {op, name});
+    data = plain(x, checked.dtype).data;
+    if (!x.is_contiguous()) to_copy.emplace_back(x, kept.back());
+    return checked.dtype == kFloat64;
+  }
   // A small tensor of numbers that the kernel reads itself.
   Slot numbers(const Tensor& x, const char* name) {
     check_device(x, like, {op, name});

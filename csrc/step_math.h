@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The per-element formulas of the four ops, forward and backward side by side, host and device.
+// The per-element formulas of the ops, forward and backward side by side, host and device.
 // T is the compute type, float or double.
 #pragma once
 #include "philox.h"
@@ -134,6 +134,20 @@ GS_FN T clamp_value(T x, T lo, T hi) {
 template <class T>
 GS_FN T clamp_pull(T g, T x, T lo, T hi) {
   return (x >= lo) & (x <= hi) ? g : T(0);
+}
+
+// ---- rounding of a step in integers (MATH.md 7) ---------------------------------------------
+
+// The nearest integer, the even one of two: the adder rounds where the type has no fractions left.
+GS_FN float nearest(float x) {
+  const float size = from_bits(bits_of(x) & 0x7fffffffu);
+  const float whole = size < 0x1p23f ? (size + 0x1p23f) - 0x1p23f : size;
+  return from_bits(bits_of(whole) | (bits_of(x) & 0x80000000u));
+}
+GS_FN double nearest(double x) {
+  const double size = from_bits(bits_of(x) & ~(uint64_t(1) << 63));
+  const double whole = size < 0x1p52 ? (size + 0x1p52) - 0x1p52 : size;
+  return from_bits(bits_of(whole) | (bits_of(x) & uint64_t(1) << 63));
 }
 
 // ---- exponential and logarithm ------------------------------------------------------------

@@ -78,7 +78,8 @@ inline void check_device(const Tensor& x, const Like& like, const Name& name) {
                   ", got type ", type, " index ", index);
 }
 
-inline Operand operand(const Tensor& x, const Like& like, const Name& name) {
+// A tensor of a known dtype.
+inline Operand laid_out(const Tensor& x, int dtype, const Like& like, const Name& name) {
   int64_t *sizes, *strides;
   void* data;
   aoti_torch_get_sizes(x.get(), &sizes);
@@ -90,11 +91,15 @@ inline Operand operand(const Tensor& x, const Like& like, const Name& name) {
   check_device(x, like, name);
   Operand result;
   result.data = static_cast<char*>(data);
-  result.dtype = dtype_of(x, name);
+  result.dtype = dtype;
   STD_TORCH_CHECK(set_shape(result, sizes, strides, int(like.dims)), name.text(),
                   " must have at most ", kMaxDims, " axes that cannot be merged, got shape ",
                   shape_text(sizes, like.dims), "; make it contiguous");
   return result;
+}
+
+inline Operand operand(const Tensor& x, const Like& like, const Name& name) {
+  return laid_out(x, dtype_of(x, name), like, name);
 }
 
 inline Operand operand(const Maybe& x, const Like& like, const Name& name) {
@@ -102,13 +107,37 @@ inline Operand operand(const Maybe& x, const Like& like, const Name& name) {
 }
 
 // An output must own each of its elements.
-inline Operand output(const Tensor& x, const Like& like, const Name& name) {
-  Operand result = operand(x, like, name);
+inline Operand owning(const Operand& result, const Like& like, const Name& name) {
   for (int d = 0; d < result.dims; ++d)
     STD_TORCH_CHECK(result.stride[d] != 0 || result.size[d] == 1, name.text(),
                     " must have no stride of 0, got an expanded tensor of shape ",
                     shape_text(like.sizes, like.dims));
   return result;
+}
+
+inline Operand output(const Tensor& x, const Like& like, const Name& name) {
+  return owning(operand(x, like, name), like, name);
+}
+
+// Integers that are changed, under the dtype of the float of their width.
+inline Operand integers(const Tensor& x, const Like& like, const Name& name) {
+  int32_t dtype = 0;
+  aoti_torch_get_dtype(x.get(), &dtype);
+  const bool narrow = dtype == aoti_torch_dtype_int32();
+  STD_TORCH_CHECK(narrow || dtype == aoti_torch_dtype_int64(), name.text(),
+                  " must have dtype int32 or int64, got ", torch::headeronly::toString(x.scalar_type()));
+  return owning(laid_out(x, narrow ? kFloat32 : kFloat64, like, name), like, name);
+}
+
+// The flag of a leap: one int32 on the same device.
+inline int32_t* flag(const Tensor& x, const Like& like, const Name& name) {
+  int32_t dtype = 0;
+  aoti_torch_get_dtype(x.get(), &dtype);
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_int32() && x.numel() == 1, name.text(),
+                  " must hold 1 element of dtype int32, got ", x.numel(), " of dtype ",
+                  torch::headeronly::toString(x.scalar_type()));
+  check_device(x, like, name);
+  return static_cast<int32_t*>(x.data_ptr());
 }
 
 inline Operand output(const Maybe& x, const Like& like, const Name& name) {

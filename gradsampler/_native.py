@@ -174,6 +174,43 @@ def adjoint_step(
     return lam, mu
 
 
+def leap(
+    carried: Tensor,
+    terms: Sequence[Tensor],
+    coefs: Sequence[float],
+    z0: Tensor | None = None,
+    draw: Draw | None = None,
+    noise_coef: float = 0.0,
+    *,
+    sign: int,
+    scale: float,
+    overflow: Tensor,
+    out_dtype: torch.dtype,
+    wants_state: bool = True,
+    model_scale: float | None = None,
+    model_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `reference.leap`."""
+    # All that the choice looks at is the same when the call is undone.
+    if not _serves(terms, noise_coef, out_dtype, model_dtype):
+        return reference.leap(
+            carried, terms, coefs, z0, draw, noise_coef, sign=sign, scale=scale, overflow=overflow,
+            out_dtype=out_dtype, wants_state=wants_state, model_scale=model_scale,
+            model_dtype=model_dtype,
+        )  # fmt: skip
+    state = _new(carried, out_dtype) if wants_state else None
+    scales = state is not None and model_scale is not None
+    model = _new(carried, model_dtype or out_dtype) if scales else None
+    floats = [*terms, z0, draw.given if draw else None]
+    wide = torch.float64 in {out_dtype, *(x.dtype for x in floats if x is not None)}
+    source, _, words, wave = _injected(draw, z0, noise_coef)
+    _raw.leap.default(
+        carried, state, model, overflow, terms, coefs, source, words, wave, sign, scale,
+        1.0 if model_scale is None else model_scale, wide,
+    )  # fmt: skip
+    return state, model
+
+
 def ancestral_step_fwd(
     x: Tensor,
     model_output: Tensor,

@@ -98,7 +98,7 @@ def _cpu() -> tuple[Backend | None, str]:
     if reason is not None:
         return None, reason
     facts = _native.facts()
-    return Backend.of("cpu", reference, _native), f"{facts['compiler']}, {facts['isa']}"
+    return Backend.of("cpu", _native), f"{facts['compiler']}, {facts['isa']}"
 
 
 @cache
@@ -114,7 +114,7 @@ def _cuda() -> tuple[Backend | None, str]:
         reason = f"built for {archs}, but torch finds no GPU"
     if reason is not None:
         return None, reason
-    return Backend.of("cuda", reference, _native), f"built for {archs}"
+    return Backend.of("cuda", _native), f"built for {archs}"
 
 
 @cache
@@ -123,10 +123,10 @@ def _triton() -> tuple[Backend | None, str]:
     try:
         import triton
 
-        from gradsampler.kernels import adjoint, ancestral, flow_pair, step
+        from gradsampler.kernels import adjoint, ancestral, flow_pair, leap, step
     except ImportError as error:
         return None, f"import failed: {error}"
-    backend = Backend.of("triton", reference, step, adjoint, ancestral, flow_pair)
+    backend = Backend.of("triton", step, adjoint, leap, ancestral, flow_pair)
     return backend, f"triton {triton.__version__}"
 
 

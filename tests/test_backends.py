@@ -65,6 +65,21 @@ def test_every_noise_runs_on_the_kernels(noise, memory):
     assert_same(run("triton", "euler_ancestral", noise, memory), expected)
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize(
+    "noise",
+    [gs.noise.SignedRoll(1), gs.noise.Philox(2), gs.noise.Mixture(gs.noise.SinCos(), 0.5)],
+    ids=["signed_roll", "philox", "mixture"],
+)
+def test_steps_are_undone_on_every_backend(noise, name):
+    if not backends.present(name) or name == {"cpu": "cuda", "cuda": "cpu"}[DEVICE.type]:
+        pytest.skip(f"no {name} for {DEVICE}")
+    expected = run("reference", "midpoint_reversible", noise, "store")
+    # An amplitude that takes long integers, whose rounding is below the tolerance.
+    memory = gs.memory.Reversible(amplitude=2.0**12)
+    assert_same(run(name, "midpoint_reversible", noise, memory), expected)
+
+
 @needs_triton
 def test_guidance_and_preconditioning_run_on_the_kernels():
     def edm(x, noise, shift):

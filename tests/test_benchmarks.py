@@ -32,6 +32,7 @@ def test_gpu_benchmark_rehearses_every_part():
     assert done.returncode == 0, done.stderr
     for part in ("step_fwd philox", "step_bwd signed_roll", "adjoint_step", "launch", "crossover"):
         assert part in done.stdout
+    assert "leap int64 signed_roll undone" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("rehearsed")
 
 

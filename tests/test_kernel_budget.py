@@ -21,6 +21,11 @@ LIMITS = {
     ("step_fwd", "bfloat16"): 28,
     ("step_bwd", "float32"): 26,
     ("step_bwd", "bfloat16"): 30,
+    # No product is fused with a sum, and integers are rounded to, added and converted back.
+    ("leap int32", "float32"): 54,
+    ("leap int32", "bfloat16"): 60,
+    ("leap int64", "float32"): 64,
+    ("leap int64", "bfloat16"): 68,
 }
 # Two Philox blocks for every eight 16-bit elements: as much arithmetic as memory allows, or more.
 BOUND_BY_ISSUE = {("step_fwd", "philox+signed_roll", "bfloat16")}
@@ -44,7 +49,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import kernel_budget
 import torch
-from gradsampler.kernels import step
+from gradsampler.kernels import leap, step
 from gradsampler.noise import SIGNED_ROLL, SINCOS, Draw
 
 x = torch.empty(2, 64)
@@ -56,8 +61,19 @@ for kind in (SINCOS, SIGNED_ROLL):
                         normal_seed=index + 2**40, rate=0.1 * index, amplitude=index)
             with kernel_budget.recorded_launches() as launches:
                 step.step_fwd([x.to(dtype)], [float(index)], x, draw, 0.5 * index + 1)
-            variants.add(kernel_budget.source(*launches[0]).hash())
+            variants.add(kernel_budget.source(*launches[0][:2]).hash())
         assert len(variants) == 1, (kind, dtype)
+
+carried, overflow = torch.empty(2, 64, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
+variants = set()
+for sign in (1, -1):
+    draw = Draw(SINCOS, sign + 1, rate=0.1, amplitude=sign)
+    with kernel_budget.recorded_launches() as launches:
+        leap.leap(carried, [x], [float(sign)], x, draw, 1.0, sign=sign, scale=sign + 2.0,
+                  overflow=overflow, out_dtype=torch.float32)
+    assert launches[0].options == {"enable_fp_fusion": False}  # else bits might differ
+    variants.add(kernel_budget.source(*launches[0][:2]).hash())
+assert len(variants) == 1
 """
 
 
@@ -76,7 +92,7 @@ def widths_hold(row: dict) -> None:
     # The rolled element lies anywhere, and a time is one number for a whole sample.
     if not rolls(row) and not row["kernel"].startswith("flow_pair"):
         assert row["load_width"] == 16, row
-    if not rolls(row) or "fwd" in row["kernel"]:
+    if not rolls(row) or "fwd" in row["kernel"] or "leap" in row["kernel"]:
         assert row["store_width"] == 16, row
 
 
@@ -86,6 +102,8 @@ def test_every_kernel_has_its_rows(hopper):
         "step_fwd+model_in",
         "step_bwd",
         "adjoint_step",
+        "leap int32",
+        "leap int64",
         "ancestral_step_fwd",
         "ancestral_step_bwd",
         "flow_pair_fwd",
@@ -116,10 +134,10 @@ def test_kernels_are_bound_by_memory(hopper):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_architectures(arch):
-    kernels = ["step_fwd", "step_bwd", "adjoint_step"]
+    kernels = ["step_fwd", "step_bwd", "adjoint_step", "leap int64"]
     options = [x for k in kernels for x in ("--kernel", k)]
     rows = budget("--arch", arch, *options, "--noise", "off", "--noise", "sincos")
-    assert len(rows) == 12
+    assert len(rows) == 16
     for row in rows:
         assert (row["stack"], row["spills"]) == (0, 0), row
         widths_hold(row)

@@ -5,6 +5,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../step_math.h"
 
 namespace gs {
@@ -13,6 +15,15 @@ namespace gs {
 // results do not depend on the number of threads.
 constexpr int64_t kBlock = 1024;
 constexpr int kMaxTerms = 6;
+
+// Of a state in integers I.
+template <class T, class I>
+struct Integers {
+  // change = nearest(change), w += sign * change; false if something was NaN or left the range
+  bool (*leap)(I* w, T* change, int sign, int64_t n);
+  // x = scale * w
+  void (*scaled)(T* x, const I* w, T scale, int64_t n);
+};
 
 template <class T>
 struct Loops {
@@ -51,7 +62,17 @@ struct Loops {
                          const T* v, const T* noise, const Ancestral<T>& a, int64_t n);
   void (*flow)(T* x_t, T* velocity, const T* x0, const T* x1, const Flow<T>& f, int64_t n);
   void (*flow_pull)(T* dx0, T* dx1, const T* gx, const T* gv, const Flow<T>& f, int64_t n);
+  Integers<T, int32_t> i32;
+  Integers<T, int64_t> i64;
 };
+
+template <class I, class T>
+const Integers<T, I>& integers(const Loops<T>& loops) {
+  if constexpr (sizeof(I) == 4)
+    return loops.i32;
+  else
+    return loops.i64;
+}
 
 struct Isa {
   const char* name;

@@ -224,6 +224,8 @@ void signs(T* out, const T* x, int64_t begin, uint32_t sample, uint32_t step, ui
       : sign_blocks<T, false>(out, x, begin, sample, step, seed, a, n);
 }
 
+#include "leap.h"
+
 template <class T>
 void ancestral(T* out, const T* x, const T* eps, const T* v, const T* noise, const Ancestral<T>& given,
                int64_t n) {
@@ -263,7 +265,8 @@ constexpr Loops<T> make_loops() {
   return {read_block<T>, write_block<T>, copy_bytes, combine<T, Plain<T>>, combine_wave<T, Plain<T>>,
           combine_wave<T, Rounded>, combine<T, Half>, combine_wave<T, Half>, clamp_block<T>, clamp_pull_block<T>,
           scale<T>, add_scaled<T>, dot<T>, wave<T>, wave_pull<T, Plain<T>>, wave_pull<T, Half>, normals<T>,
-          signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>};
+          signs<T>, ancestral<T>, ancestral_pull_block<T>, flow<T>, flow_pull<T>,
+          {leap<T, int32_t>, scaled_integers<T, int32_t>}, {leap<T, int64_t>, scaled_integers<T, int64_t>}};
 }
 
 }  // namespace GS_LEVEL

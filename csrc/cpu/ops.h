@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The four ops on raw operands: what ops.cpp asks of the CPU.
+// The ops on raw operands: what ops.cpp asks of the CPU.
 #pragma once
 #include <vector>
 
@@ -63,6 +63,19 @@ struct Adjoint {
   Operand lam, mu, dz0;
 };
 void adjoint(const Adjoint& a);
+
+struct Leap {
+  Shape shape;
+  Operand carried;  // int32 or int64, under the dtype of the float of that width
+  std::vector<Operand> terms;
+  std::vector<double> coefs;
+  Noise noise;
+  int sign = 1;
+  double scale = 1, model_scale = 1;
+  Operand state, model;  // each may be absent
+  int32_t* overflow = nullptr;
+};
+void leap(const Leap& a);
 
 struct AncestralStep {
   Shape shape;

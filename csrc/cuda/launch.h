@@ -63,6 +63,19 @@ struct AdjointCall {
   Slot lam, mu, dz0;
 };
 
+struct LeapCall {
+  Rows rows;
+  void* carried = nullptr;
+  bool wide_integers = false;  // int64, else int32
+  int terms = 0, sign = 1;
+  Slot term[kSlots];
+  double coefs[kSlots] = {};
+  DeviceNoise noise;
+  int* overflow = nullptr;
+  double scale = 1, model_scale = 1;
+  Slot state, model;
+};
+
 struct AncestralCall {
   Rows rows;
   // elements between the samples: eps and v are halves of one tensor, read where they lie
@@ -89,6 +102,7 @@ int64_t blocks_of(const Rows& rows, bool wide);
 int step_fwd(const StepCall& call, bool wide, void* stream);
 int step_bwd(const StepCall& call, bool wide, void* stream);
 int adjoint_step(const AdjointCall& call, bool wide, void* stream);
+int leap(const LeapCall& call, bool wide, void* stream);
 int ancestral_fwd(const AncestralCall& call, bool wide, void* stream);
 int ancestral_bwd(const AncestralCall& call, bool wide, void* stream);
 int flow_pair_fwd(const FlowCall& call, bool wide, void* stream);

@@ -129,15 +129,6 @@ __global__ void __launch_bounds__(kThreads, 2) flow_pair_bwd_kernel(const __grid
   }
 }
 
-template <class T, class Call>
-int launch(void (*kernel)(Call), const Call& call, void* stream) {
-  const int64_t grid = grid_of<T>(call.rows);
-  if (grid == 0) return 0;
-  if (grid > 0x7fffffff) return int(cudaErrorInvalidConfiguration);
-  kernel<<<unsigned(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
-  return int(cudaGetLastError());
-}
-
 }  // namespace
 
 int ancestral_fwd(const AncestralCall& call, bool wide, void* stream) {

@@ -139,15 +139,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == 0) write_one<double>(to, row * columns + k, sum);
 }
 
-template <class T, class Call>
-int launch(void (*kernel)(Call), const Call& call, void* stream) {
-  const int64_t grid = grid_of<T>(call.rows);
-  if (grid == 0) return 0;
-  if (grid > 0x7fffffff) return int(cudaErrorInvalidConfiguration);
-  kernel<<<unsigned(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
-  return int(cudaGetLastError());
-}
-
 }  // namespace
 
 int64_t blocks_of(const Rows& rows, bool wide) { return wide ? grid_of<double>(rows) : grid_of<float>(rows); }

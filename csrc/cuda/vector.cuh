@@ -167,5 +167,14 @@ inline int64_t grid_of(const Rows& rows) {
   return rows.rows * ((rows.size + per_block - 1) / per_block);
 }
 
+template <class T, class Call>
+int launch(void (*kernel)(Call), const Call& call, void* stream) {
+  const int64_t grid = grid_of<T>(call.rows);
+  if (grid == 0) return 0;
+  if (grid > 0x7fffffff) return int(cudaErrorInvalidConfiguration);
+  kernel<<<unsigned(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
+  return int(cudaGetLastError());
+}
+
 }  // namespace cuda
 }  // namespace gs
