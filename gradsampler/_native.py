@@ -198,9 +198,11 @@ def leap(
             out_dtype=out_dtype, wants_state=wants_state, model_scale=model_scale,
             model_dtype=model_dtype,
         )  # fmt: skip
-    state = _new(carried, out_dtype) if wants_state else None
+    # In the layout of the integers, as `fixed_point` gives it: a kernel of the model may round
+    # otherwise in another one.
+    state = torch.empty_like(carried, dtype=out_dtype) if wants_state else None
     scales = state is not None and model_scale is not None
-    model = _new(carried, model_dtype or out_dtype) if scales else None
+    model = torch.empty_like(carried, dtype=model_dtype or out_dtype) if scales else None
     floats = [*terms, z0, draw.given if draw else None]
     wide = torch.float64 in {out_dtype, *(x.dtype for x in floats if x is not None)}
     source, _, words, wave = _injected(draw, z0, noise_coef)

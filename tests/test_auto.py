@@ -6,6 +6,7 @@ denoisers below, by hand.
 """
 
 import contextlib
+import random
 from itertools import count
 
 import pytest
@@ -140,12 +141,35 @@ def test_states_go_to_the_host_where_only_that_has_room(monkeypatch):
     assert_close(found[0], expected[0])
 
 
+# A run that can be undone.
+
+
+def test_a_run_that_can_be_undone_is():
+    z0, net = leaf(normal(2, 3)), Net()
+    options = {"solver": "midpoint_reversible", "churn": gs.Churn(1.0)}
+    runs = {m: gs.sample(net, z0, SIGMAS, memory=m, **options) for m in ("auto", "reversible")}
+    assert torch.equal(runs["auto"], runs["reversible"])  # in integers, so not those of store
+    with torch.no_grad():
+        assert torch.equal(gs.sample(net, z0, SIGMAS, **options), runs["auto"])
+    found = {m: gradients(x, [z0, *net.parameters()]) for m, x in runs.items()}
+    assert all(map(torch.equal, found["auto"], found["reversible"]))
+
+
+def test_a_run_that_64_bits_do_not_hold_keeps_its_states():
+    z0, levels = leaf(normal(2, 3)), gs.schedules.karras(100)
+    options = {"solver": "midpoint_reversible", "churn": gs.Churn(40.0)}
+    with pytest.raises(ValueError, match="64 bits"):
+        gs.sample(Net(), z0, levels, memory="reversible", **options)
+    x = gs.sample(Net(), z0, levels, **options)
+    assert torch.equal(x, gs.sample(Net(), z0, levels, memory="checkpoint", **options))
+
+
 # Agreement with plain autograd.
 
 
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("kind", ["signed_roll", "sincos", "given"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"midpoint_reversible"}))
 def test_same_gradients_for_every_target(solver, kind, room, free):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "cond": {"shift": shift}}
@@ -206,13 +230,13 @@ def test_dropout(room, free):
 
 
 def test_a_generator_of_the_denoiser_s_own_is_no_error_where_no_call_is_made_again(free):
-    z0, generator = leaf(normal(2, 3)), torch.Generator()
+    z0, generator = leaf(normal(2, 3)), random.Random()
 
     def denoiser(x, sigma):
-        return torch.tanh(x * torch.rand(3, generator=generator, dtype=torch.float64))
+        return torch.tanh(x * generator.random())
 
     def run(memory):
-        generator.manual_seed(5)
+        generator.seed(5)
         return gradients(gs.sample(denoiser, z0, SIGMAS, memory=memory), [z0])[0]
 
     free(2**40)

@@ -133,7 +133,7 @@ def plan(
         >>> [row.name for row in plan], [row.evaluations for row in plan]
         (['store', 'checkpoint', 'revolve:4'], [1.0, 2.0, 3.88])
         >>> plan.best
-        Revolve(slots=4)
+        Revolve(slots=4, further=0, to='cpu')
     """
     z0 = _checks.batched("z0", z0).detach()
     room = None if budget is None else capacity.parsed("budget", budget)
