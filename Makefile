@@ -63,7 +63,8 @@ test-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest tests/test_kernel_step.py tests/test_kernel_ancestral.py \
 		tests/test_kernel_flow_pair.py tests/test_kernel_leap.py tests/test_torch_library.py \
-		tests/test_backends.py tests/test_philox.py tests/test_strategies.py
+		tests/test_backends.py tests/test_philox.py tests/test_strategies.py \
+		tests/test_composition.py tests/test_auto.py
 
 bench-gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .

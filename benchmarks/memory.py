@@ -34,15 +34,14 @@ Gradient = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Rows = list[dict[str, str]]
 
 
-def convolutional(width: int) -> nn.Module:
-    """A small denoiser whose activations outweigh its state, with frozen parameters."""
+def convolutional(width: int, depth: int = 2) -> nn.Module:
+    """A denoiser whose activations outweigh its state, with frozen parameters."""
     torch.manual_seed(0)
-    layers = (
-        nn.Conv2d(4, width, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(width, 4, 3, padding=1),
-    )
-    return nn.Sequential(*layers).to(DEVICE).requires_grad_(False)
+    widths = [4, *[width] * (depth - 1), 4]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.SiLU()]
+    return nn.Sequential(*layers[:-1]).to(DEVICE).requires_grad_(False)
 
 
 def ours(memory: Any, solver: str = "euler") -> Gradient:
@@ -208,9 +207,17 @@ RATIOS = {  # a limit where the time over another's is to stay below it
 
 
 def times(table: Rows, size: int, steps: int, rounds: int) -> None:
-    """Time of a gradient, interleaved; those of one solver are compared first."""
-    for trained in (False, True):
-        network, levels = convolutional(16).requires_grad_(trained), gs.schedules.karras(steps)
+    """Time of a gradient, interleaved; those of one solver are compared first.
+
+    In the last case a call takes some twenty times as long, as that of a real network does.
+    """
+    cases = {
+        "z0": (convolutional(16), steps),
+        "z0 and parameters": (convolutional(16).requires_grad_(), steps),
+        "z0, deep": (convolutional(64, depth=3), steps // 4 + 1),
+    }
+    for case, (network, count) in cases.items():
+        levels = gs.schedules.karras(count)
         z0 = torch.randn(1, 4, size, size, device=DEVICE).requires_grad_()
         with tempfile.TemporaryDirectory() as folder:
             every = methods(folder) | {
@@ -220,7 +227,7 @@ def times(table: Rows, size: int, steps: int, rounds: int) -> None:
             agree(every, network, z0, levels)
             runs = {name: partial(g, network, z0, levels) for name, g in every.items()}
             found = timing.interleaved(runs, rounds, warmup=0)
-        shape = f"1x4x{size}x{size} N={steps} {'z0 and parameters' if trained else 'z0'}"
+        shape = f"1x4x{size}x{size} N={count} {case}"
         for name, spent in found.items():
             table.append(rows.row("gradient", name, shape, "float32", "time", "s", spent))
             print(f"time {shape} {name:32} {spent[0]:8.3f} s", flush=True)
@@ -245,7 +252,7 @@ def agree(every: dict[str, Gradient], network: nn.Module, z0: Tensor, levels: Te
 
 def long_run(table: Rows, size: int, steps: int) -> None:
     """A gradient that plain autograd cannot hold, checked by a directional finite difference."""
-    network, levels = convolutional(8), gs.schedules.karras(steps)
+    network, levels = convolutional(4), gs.schedules.karras(steps)
     denoiser = gs.EDM(lambda x, noise: network(x))
     generator = torch.Generator().manual_seed(0)
     z0 = torch.randn(1, 4, size, size, generator=generator).to(DEVICE).requires_grad_()

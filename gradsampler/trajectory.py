@@ -163,10 +163,11 @@ class Trajectory:
             assert z0 is not None
             step, num_steps = injection.step, self.program.num_steps
             draws.append((draw_of(self.noise, z0, step, num_steps, self.state_dtype), amount))
+        wide = torch.promote_types(self.state_dtype, torch.float32)
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
             partial = self.backend.step_fwd(
-                tensors[:MAX_TERMS], factors[:MAX_TERMS], z0, *noise, out_dtype=self.state_dtype
+                tensors[:MAX_TERMS], factors[:MAX_TERMS], z0, *noise, out_dtype=wide
             )
             tensors = [partial, *tensors[MAX_TERMS:]]
             factors = [1.0, *factors[MAX_TERMS:]]

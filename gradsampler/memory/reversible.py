@@ -23,7 +23,8 @@ from gradsampler.trajectory import Evaluate, Trajectory
 class Reversible(Memory):
     """The last two states, in integers; backward undoes the steps, exact to the bit.
 
-    For ``solver="midpoint_reversible"`` alone. A state is held as a multiple of a small unit, and a
+    For ``solver="midpoint_reversible"`` alone; runs of one or two model calls have no step to undo,
+    and some other solvers may take it there. A state is held as a multiple of a small unit, and a
     step adds an increment that is rounded once, so that the same call of the model gives back the
     very state that was there: the gradient is that of the run, with rounding counted as identity,
     however many steps there are. Backward calls the model once more a step, as with `Checkpoint`.
