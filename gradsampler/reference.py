@@ -136,7 +136,7 @@ def fixed_point(
     Every backend's `leap` gives these very bits.
     """
     compute = _compute(out_dtype)
-    x = (integers.to(compute) * scale).to(out_dtype)
+    x = integers.to(compute).mul_(scale).to(out_dtype)
     if model_scale is None:
         return x, None
     return x, (x.to(compute) * model_scale).to(model_dtype or out_dtype)
