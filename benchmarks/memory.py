@@ -214,7 +214,7 @@ def times(table: Rows, size: int, steps: int, rounds: int) -> None:
     cases = {
         "z0": (convolutional(16), steps),
         "z0 and parameters": (convolutional(16).requires_grad_(), steps),
-        "z0, deep": (convolutional(64, depth=3), steps // 4 + 1),
+        "z0, deep": (convolutional(64, depth=3), max(3, steps // 4)),
     }
     for case, (network, count) in cases.items():
         levels = gs.schedules.karras(count)
