@@ -39,6 +39,7 @@ class MidpointReversible(Solver):
         _checks.finite("midpoint_reversible: eta", self.eta, 0.0)
         _checks.finite("midpoint_reversible: s_noise", self.s_noise, 0.0)
 
+    # Both follow from eta here, where other solvers have a constant of the class.
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.eta > 0
