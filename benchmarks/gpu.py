@@ -23,8 +23,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import gradsampler as gs
-from gradsampler import backends, reference
-from gradsampler.noise import Draw
+from gradsampler.noise.sources import Draw
+from gradsampler.ops import backends, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Rows = list[dict[str, str]]

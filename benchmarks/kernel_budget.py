@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
-from gradsampler.noise import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

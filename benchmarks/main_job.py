@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 
 import gradsampler as gs
 from gradsampler import gradient_flow, models
-from gradsampler.demo import Demo
+from gradsampler.app.demo import Demo
 
 Rows = list[dict[str, str]]
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import _native, noise
-from gradsampler.noise import Draw
+from gradsampler import noise
+from gradsampler.noise.sources import Draw
+from gradsampler.ops import native
 
 COEFS, SCALE, STEP, STEPS = (0.3, -1.2), 0.7, 17, 50
 LAMS, NEXT = (0.3, -1.2, 0.5), (0.1, 0.2, 0.3)  # lam and mu of the adjoint step
@@ -77,7 +78,7 @@ def forward(i: Inputs, with_compile: bool) -> dict[str, Call]:
     exact = COEFS[0] * x + COEFS[1] * d
     calls = {
         "linear": Call(
-            lambda: _native.step_fwd([i.x, i.d, i.z0], (*COEFS, SCALE), out=i.out),
+            lambda: native.step_fwd([i.x, i.d, i.z0], (*COEFS, SCALE), out=i.out),
             (i.out,),
             (exact + SCALE * z0,),
         )
@@ -85,7 +86,7 @@ def forward(i: Inputs, with_compile: bool) -> dict[str, Call]:
     for name, draw in i.draws.items():
         n = i.noise(name)
         calls[name] = Call(
-            lambda draw=draw: _native.step_fwd([i.x, i.d], COEFS, i.z0, draw, SCALE, out=i.out),
+            lambda draw=draw: native.step_fwd([i.x, i.d], COEFS, i.z0, draw, SCALE, out=i.out),
             (i.out,),
             None if n is None else (exact + SCALE * n,),
         )
@@ -125,11 +126,11 @@ def backward(i: Inputs, with_compile: bool) -> dict[str, Call]:
     for name, draw in {"linear": given, **i.draws}.items():
         if name == "philox":
             continue  # nothing is pulled back through it
-        source, _, words, wave = _native._injected(draw, i.z0, SCALE)
+        source, _, words, wave = native._injected(draw, i.z0, SCALE)
         targets = (None, dz0) if name == "linear" else (dz0, None)
         calls[name] = Call(
             lambda source=source, words=words, wave=wave, targets=targets: (
-                _native._raw.step_bwd.default(
+                native._raw.step_bwd.default(
                     i.g, [i.g, i.g], COEFS, None, source, None, words, wave, (), [dx, dd], [0, 1],
                     None, None, *targets,
                 )
@@ -170,10 +171,10 @@ def adjoint(i: Inputs, with_compile: bool) -> dict[str, Call]:
     for name, draw in {"linear": None, **i.draws}.items():
         if name == "philox":
             continue
-        source, _, words, wave = _native._injected(draw, i.z0, SCALE)
+        source, _, words, wave = native._injected(draw, i.z0, SCALE)
         calls[name] = Call(
             lambda name=name, source=source, words=words, wave=wave: (
-                _native._raw.adjoint_step.default(
+                native._raw.adjoint_step.default(
                     lam, mu, None if name == "linear" else dz0, [i.x, i.d, i.g], True, LAMS, NEXT,
                     source, None, words, wave,
                 )

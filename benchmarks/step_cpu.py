@@ -17,7 +17,8 @@ import timing
 import torch
 from step_calls import COEFS, SCALE, STEP, STEPS
 
-from gradsampler import _native, noise
+from gradsampler import noise
+from gradsampler.ops import native
 
 
 def overhead() -> dict[str, Callable[[], object]]:
@@ -37,10 +38,10 @@ def overhead() -> dict[str, Callable[[], object]]:
         return COEFS[0] * g, COEFS[1] * g
 
     def native_forward():
-        _native.step_fwd([x, d], COEFS, z0, draw, SCALE, out=out)
+        native.step_fwd([x, d], COEFS, z0, draw, SCALE, out=out)
 
     def native_backward():
-        _native.step_bwd(g, [x, d], COEFS, z0, draw, SCALE, dz0=dz0, **needs)
+        native.step_bwd(g, [x, d], COEFS, z0, draw, SCALE, dz0=dz0, **needs)
 
     return {
         "forward": native_forward,
@@ -78,8 +79,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--rehearse", action="store_true", help="small sizes, writes nothing")
     args = parser.parse_args()
-    if _native.available() is not None:
-        raise SystemExit(f"the extension is not there: {_native.available()}")
+    if native.available() is not None:
+        raise SystemExit(f"the extension is not there: {native.available()}")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.rehearse:

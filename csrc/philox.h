@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10 (Salmon et al., SC 2011) as gradsampler/philox.py defines its use, host and device.
+// Philox4x32-10 (Salmon et al., SC 2011) as gradsampler/noise/philox.py defines its use, host and device.
 #pragma once
 #include <stdint.h>
 

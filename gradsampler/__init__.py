@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import backends, memory, noise, ops, regularizers, schedules, solvers
+from gradsampler import memory, noise, ops, schedules, solvers
 from gradsampler._version import __version__
-from gradsampler.observer import NonFiniteError, StepInfo
-from gradsampler.optimize import OptimizeResult, OptimizeStep, optimize
+from gradsampler.engine.observer import NonFiniteError, StepInfo
+from gradsampler.engine.replay import ReplayError
+from gradsampler.engine.trajectory import GradientWarning
+from gradsampler.ops import backends
+from gradsampler.optimization import regularizers
+from gradsampler.optimization.optimize import OptimizeResult, OptimizeStep, optimize
 from gradsampler.parameterization import EDM, VP, Flow, Guided
-from gradsampler.replay import ReplayError
-from gradsampler.sample import sample
+from gradsampler.sampling import sample
 from gradsampler.solvers import Churn
-from gradsampler.trajectory import GradientWarning
 
 __all__ = [
     "EDM",

@@ -3,6 +3,6 @@
 
 import sys
 
-from gradsampler.cli import main
+from gradsampler.app.cli import main
 
 sys.exit(main())

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, backends, solvers
-from gradsampler.conditioning import Conditioning
-from gradsampler.noise import NoiseSource, Off, SignedRoll
-from gradsampler.observer import Observer
+from gradsampler import _checks, solvers
+from gradsampler.engine.conditioning import Conditioning
+from gradsampler.engine.observer import Observer
+from gradsampler.engine.program import Program
+from gradsampler.engine.trajectory import Trajectory
+from gradsampler.noise.sources import NoiseSource, Off, SignedRoll
+from gradsampler.ops import backends
 from gradsampler.parameterization import Parameterization, model_dtype, parameterize
-from gradsampler.program import Program
 from gradsampler.solvers import Churn, Solver
-from gradsampler.trajectory import Trajectory
 
 Denoiser = Callable[..., Tensor]
 

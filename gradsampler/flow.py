@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, ops, philox
+from gradsampler import _checks, ops
+from gradsampler.noise import philox
 
 __all__ = ["Pair", "logit_normal", "shift_times", "training_pair"]
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from gradsampler import _checks, schedules
 from gradsampler.arguments import Denoiser
-from gradsampler.noise import NoiseSource
-from gradsampler.observer import NonFiniteError
-from gradsampler.sample import sample
+from gradsampler.engine.observer import NonFiniteError
+from gradsampler.engine.trajectory import GradientWarning
+from gradsampler.noise.sources import NoiseSource
+from gradsampler.sampling import sample
 from gradsampler.solvers import Churn
-from gradsampler.trajectory import GradientWarning
 
 __all__ = ["Report", "affine_denoiser", "check"]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.engine.observer import StepInfo
+from gradsampler.engine.program import Program, Recorder
+from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.memory import Memory, Reversible, resolve
-from gradsampler.observer import StepInfo
 from gradsampler.parameterization import Parameterization, Preconditioning
-from gradsampler.program import Program, Recorder
-from gradsampler.sample import integrate
-from gradsampler.trajectory import GradientWarning
+from gradsampler.sampling import integrate
 
 __all__ = ["StepMap", "Watch", "depends", "iterate", "program"]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: SIM300 (constexpr parameters are written in capitals)
-"""Philox4x32-10 as device functions; ``gradsampler.philox`` is the definition."""
+"""Philox4x32-10 as device functions; ``gradsampler.noise.philox`` is the definition."""
 
 import triton
 import triton.language as tl

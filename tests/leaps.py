@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradsampler import noise, philox
-from gradsampler.reference import fixed_point
+from gradsampler import noise
+from gradsampler.noise import philox
+from gradsampler.ops.reference import fixed_point
 
 STEP, STEPS = 7, 20
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

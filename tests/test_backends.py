@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradsampler as gs
-from gradsampler import backends
+from gradsampler.ops import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradsampler import backends
+from gradsampler.ops import backends
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,9 @@ import torch
 from matplotlib import image
 
 import gradsampler
-from gradsampler import cli, journal, models
+from gradsampler import models
+from gradsampler.app import cli
+from gradsampler.optimization import journal
 
 NUMBER = r"-?[\d.]+(?:e[+-]?\d+)?"
 REPORT = re.compile(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import gradsampler as gs
-from gradsampler import _native, backends, cli
+from gradsampler.app import cli
+from gradsampler.ops import backends, native
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 REASON = "no C++ compiler (c++) was found"
@@ -17,7 +18,7 @@ REASON = "no C++ compiler (c++) was found"
 @pytest.fixture
 def without_extension(monkeypatch):
     """The package as it is where nothing was compiled."""
-    monkeypatch.setattr(_native, "_reason", REASON)
+    monkeypatch.setattr(native, "_reason", REASON)
     for cached in (backends._cpu, backends._cuda):
         cached.cache_clear()
     yield
@@ -34,7 +35,7 @@ def test_all_four_are_named():
 
 
 def test_the_fastest_one_for_the_cpu():
-    expected = "cpu" if _native.available() is None else "reference"
+    expected = "cpu" if native.available() is None else "reference"
     assert backends.choose(None, CPU).name == expected
 
 
@@ -49,8 +50,8 @@ def test_without_the_extension_the_reason_is_told(without_extension):
     assert backends.choose(None, CPU) is backends.REFERENCE
     with pytest.raises(ValueError, match=r"backend must be present, got 'cpu', .*no C\+\+ comp"):
         gs.sample(lambda x, s: x, torch.zeros(1, 2), gs.schedules.karras(2), backend="cpu")
-    assert _native.facts() == {}
-    assert _native.isas() == []
+    assert native.facts() == {}
+    assert native.isas() == []
 
 
 def test_a_backend_refuses_tensors_of_another_device():
@@ -77,10 +78,10 @@ def test_every_backend_has_the_functions_of_the_reference():
 
 def test_importing_the_package_loads_no_extension():
     code = (
-        "import sys, gradsampler, gradsampler.cli\n"
-        "assert not {'gradsampler._C', 'gradsampler._native'} & set(sys.modules)\n"
+        "import sys, gradsampler, gradsampler.app.cli\n"
+        "assert not {'gradsampler._C', 'gradsampler.ops.native'} & set(sys.modules)\n"
         "gradsampler.backends.available()\n"
-        "assert 'gradsampler._native' in sys.modules"
+        "assert 'gradsampler.ops.native' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], check=False, timeout=120)
     assert done.returncode == 0
@@ -94,8 +95,8 @@ def test_doctor_names_every_backend_and_the_build(capsys):
         state = "here  " if backends.present(name) else "absent"
         assert f"  {name:10} {state}  {found}\n" in shown
     assert f"used on cpu tensors: {backends.choose(None, CPU).name}\n" in shown
-    if _native.available() is None:
-        facts = _native.facts()
+    if native.available() is None:
+        facts = native.facts()
         for fact in ("compiler", "isa", "threads", "torch"):
             assert f"  {fact:12} {facts[fact]}\n" in shown
         assert "  cuda_archs " in shown

@@ -25,65 +25,49 @@ ROOT = Path(__file__).parents[1]
 
 # ------------------------------------------------------------------ the rooms and the arrows
 
-# A module, or all modules of a package as "name.*", and what it may import beside `_checks`. A new
-# module outside those packages needs a line of its own. "*" stands for all but NOT_BY_STAR.
-MAY_IMPORT = {
-    "_checks": "",
-    "_version": "",
-    "replay": "",
-    "generators": "",
-    "philox": "",
-    "schedules": "",
-    "parameterization": "",
-    "conditioning": "",
-    "journal": "",
-    "regularizers": "",
-    "noise": "philox",
-    "program": "parameterization",
-    "solvers.*": "program parameterization solvers.*",
-    "reference": "noise philox",
-    "_native": "noise reference",
-    "backends": "_native reference kernels.*",
-    "_ops": "backends noise reference",
-    "ops": "_ops backends noise philox",
-    "flow": "ops philox",
-    "observer": "program",
-    "trajectory": "backends conditioning noise observer parameterization program",
-    "adjoint": "generators noise program replay trajectory",
-    "arguments": "trajectory program observer parameterization noise conditioning backends "
+# From the roof down. A module uses those of its own floor and of the floors below; "name.*" is a
+# package. A new module outside the packages needs a place here.
+FLOORS = [
+    "__main__",
+    "app.*",
+    "integrations.*",
+    "optimization.* gradient_flow iteration",
+    "sampling",
+    "memory.*",
+    "arguments",
     "solvers.*",
-    "memory.*": "_ops adjoint arguments noise parameterization program reference replay solvers.* "
-    "trajectory memory.*",
-    "sample": "*",
-    "iteration": "*",
-    "optimize": "arguments sample journal observer parameterization replay noise",
-    "integrations.*": "* integrations.*",
-    "gradient_flow": "*",
-    "models.*": "models.*",
-    "picture": "models",
-    "chart": "memory.*",
-    "demo": "* models.* picture optimize",
-    "cli": "* chart demo gradient_flow models.*",
-    "__main__": "cli",
-    "kernels.*": "kernels.*",
+    "engine.*",
+    "flow",
+    "ops.*",
+    "kernels.*",
+    "noise.*",
+    "parameterization schedules models.*",
+    "_checks _version",
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+
+# Rooms that few may enter, however far below; and those which lean on nothing of ours.
+GUESTS = {
+    "kernels.*": "ops.backends",
+    "ops.library": "ops.functional memory.store",
+    "ops.native": "ops.backends app.cli",
+    "models.*": "app.*",
+    "_version": "app.*",
 }
-NOT_BY_STAR = {"optimize", "journal", "demo", "cli", "chart", "picture", "models"}
-NOT_BY_STAR |= {"gradient_flow", "integrations", "kernels", "_ops"}
-NO_CHECKS = {"_checks", "_version", "replay", "generators", "models.*", "kernels.*", "__main__"}
+ALONE = {"kernels.*", "models.*"}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
 THIRD_PARTY = {
     "memory.*": {"checkpoint_schedules"},
-    "observer": {"tqdm"},
-    "optimize": {"tqdm"},
+    "engine.*": {"tqdm"},
+    "optimization.*": {"tqdm"},
     "models.*": {"safetensors"},
     "integrations.*": {"numpy", "tqdm"},
     "kernels.*": {"triton"},
 }
 THIRD_PARTY_IN_FUNCTIONS = {
-    "picture": {"matplotlib"},
-    "chart": {"matplotlib"},
-    "backends": {"triton"},
+    "app.*": {"matplotlib"},
+    "ops.*": {"triton"},
 }
 
 
@@ -135,9 +119,9 @@ def imports(name):
     return found
 
 
-def family(name):
+def room(name):
     """The key of a module in the tables."""
-    return name if name in MAY_IMPORT else f"{name.split('.')[0]}.*"
+    return name if name in FLOOR else f"{name.split('.')[0]}.*"
 
 
 def ours(name):
@@ -149,34 +133,52 @@ def ours(name):
     } | {"" for each in imports(name) if each.name == "gradsampler"}
 
 
+def matches(name, rules):
+    return not {name, room(name)}.isdisjoint(rules.split())
+
+
 def allowed(importer, imported):
-    key = family(importer)
-    if imported == "_checks":
-        return key not in NO_CHECKS
-    if imported == "_version":
-        return key in ("demo", "cli")
-    rules = MAY_IMPORT[key].split()
-    top = imported.split(".")[0]
-    if "*" in rules and top not in NOT_BY_STAR:
+    here, there = room(importer), room(imported)
+    if here == there:
         return True
-    # A package stands for its __init__, which re-exports its modules.
-    return any(
-        rule == imported or (rule.endswith(".*") and rule[:-2] == top) or rule == top == imported
-        for rule in rules
+    if here in ALONE or FLOOR[there] < FLOOR[here]:
+        return False
+    return all(
+        matches(importer, guests) for host, guests in GUESTS.items() if matches(imported, host)
     )
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_only_what_its_room_may(name):
-    assert family(name) in MAY_IMPORT, f"{name} is new: give it a line in the table"
+def test_imports_only_what_its_floor_may(name):
+    assert room(name) in FLOOR, f"{name} is new: give it a place in FLOORS"
     assert "" not in ours(name), "import modules, not the public package"
     wrong = sorted(each for each in ours(name) if not allowed(name, each))
     assert wrong == []
 
 
+def test_the_table_names_no_module_that_is_gone():
+    rooms = {room(name) for name in MODULES}
+    assert set(FLOOR) == rooms
+    assert {*THIRD_PARTY, *THIRD_PARTY_IN_FUNCTIONS, *ALONE} <= rooms
+    named = {*GUESTS, *(guest for guests in GUESTS.values() for guest in guests.split())}
+    assert named <= {*rooms, *MODULES}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_function_hides_a_module(name):
+    """``gradsampler.a.b`` is the module of that path, and not what a package calls the same."""
+    found = gs
+    if name.startswith("kernels"):
+        pytest.importorskip("triton")
+    module = importlib.import_module(f"gradsampler.{name}") if name != "__main__" else None
+    for part in name.split(".") if module else ():
+        found = getattr(found, part)
+    assert module is None or found is module
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_only_the_packages_that_it_may(name):
-    key = family(name)
+    key = room(name)
     anywhere = {"torch"} | THIRD_PARTY.get(key, set())
     inside = anywhere | THIRD_PARTY_IN_FUNCTIONS.get(key, set())
     for each in imports(name):
@@ -186,12 +188,23 @@ def test_imports_only_the_packages_that_it_may(name):
         assert top in (inside if each.in_function else anywhere), each
 
 
-@pytest.mark.parametrize("table", [MAY_IMPORT, THIRD_PARTY, THIRD_PARTY_IN_FUNCTIONS], ids=[
-    "MAY_IMPORT", "THIRD_PARTY", "THIRD_PARTY_IN_FUNCTIONS"
-])  # fmt: skip
-def test_the_tables_name_no_module_that_is_gone(table):
-    families = {family(name) for name in MODULES}
-    assert set(table) <= families
+def listed():
+    """The files in DESIGN.md's list of the house, by their path in the package."""
+    block = (
+        (ROOT / "DESIGN.md").read_text().split("\n    gradsampler/\n")[1].split("\n    kernels/")[0]
+    )
+    folder = ""
+    for line in block.splitlines():
+        if head := re.match(r" {6}(\S+)", line):
+            folder = head[1] if head[1].endswith("/") else ""
+        yield from (folder + name for name in re.findall(r"\w+\.py\b", line))
+
+
+def test_the_list_in_the_design_is_the_tree():
+    package = ROOT / "gradsampler"
+    tree = [str(path.relative_to(package)) for path in package.rglob("*.py")]
+    inside = [path for path in tree if "/" not in path or not path.endswith("__init__.py")]
+    assert sorted(listed()) == sorted(inside)
 
 
 def test_the_arrows_form_no_circle():
@@ -203,27 +216,27 @@ def test_the_arrows_form_no_circle():
 def test_the_rules_can_be_broken():
     """The test of the tests: arrows that must not be allowed."""
     for importer, imported in [
-        ("noise", "sample"),
-        ("solvers.euler", "trajectory"),
-        ("sample", "optimize"),
-        ("sample", "models.digits"),
-        ("kernels.step", "noise"),
+        ("noise.sources", "sampling"),
+        ("solvers.euler", "memory.store"),
+        ("sampling", "optimization.optimize"),
+        ("sampling", "models.digits"),
+        ("kernels.step", "noise.sources"),
         ("kernels.step", "_checks"),
         ("models.digits", "_checks"),
-        ("integrations.cosmos", "demo"),
-        ("memory.store", "backends"),
-        ("adjoint", "memory"),
-        ("sample", "kernels.step"),
-        ("cli", "optimize"),
+        ("integrations.cosmos", "app.demo"),
+        ("engine.adjoint", "memory"),
+        ("engine.adjoint", "ops.library"),
+        ("sampling", "kernels.step"),
+        ("parameterization", "noise"),
     ]:
         assert not allowed(importer, imported), (importer, imported)
     for importer, imported in [
-        ("noise", "philox"),
+        ("noise.sources", "noise.philox"),
         ("solvers.euler", "solvers.base"),
-        ("sample", "memory"),
+        ("sampling", "memory"),
         ("memory", "memory.store"),
         ("kernels.step", "kernels.launch"),
-        ("demo", "optimize"),
+        ("app.demo", "optimization.optimize"),
     ]:
         assert allowed(importer, imported), (importer, imported)
 
@@ -328,10 +341,10 @@ def python(code, *options, cwd=None):
 
 def test_importing_prints_nothing_and_loads_nothing_heavy():
     heavy = ["matplotlib", "sklearn", "scipy", "triton", "PIL", "gradsampler.kernels"]
-    heavy += ["gradsampler._native", "gradsampler._C"]
+    heavy += ["gradsampler.ops.native", "gradsampler._C"]
     child = python(
         "import sys, torch; before = set(sys.modules); state = torch.get_rng_state()\n"
-        "import gradsampler, gradsampler.cli\n"
+        "import gradsampler, gradsampler.app.cli\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
         f"loaded = [m for m in {heavy} if m in set(sys.modules) - before]\n"
         "assert not loaded, loaded",

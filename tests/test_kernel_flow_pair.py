@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton decides when it is imported
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
-from gradsampler import philox  # noqa: E402
 from gradsampler.kernels import flow_pair  # noqa: E402
+from gradsampler.noise import philox  # noqa: E402
 
 # As in test_kernel_step.py.
 TOLERANCE = {

@@ -22,10 +22,11 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from gradsampler import noise, philox  # noqa: E402
+from gradsampler import noise  # noqa: E402
 from gradsampler.kernels import adjoint, step  # noqa: E402
 from gradsampler.kernels.philox import philox4x32  # noqa: E402
 from gradsampler.kernels.sincos import wave  # noqa: E402
+from gradsampler.noise import philox  # noqa: E402
 
 INTERPRETED = DEVICE == "cpu"
 assert isinstance(tl.zeros, triton.JITFunction) != INTERPRETED, (

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsampler import _native
+from gradsampler.ops import native
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(_native.available() is not None, reason=f"extension: {_native.available()}"),
+    pytest.mark.skipif(native.available() is not None, reason=f"extension: {native.available()}"),
     pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="csrc is not beside the tests"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH"),
 ]
@@ -75,7 +75,7 @@ inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 h) { return h.x; }
 """
 RUN = """
 import ctypes, sys, torch, pytest
-from gradsampler import _native
+from gradsampler import native
 ctypes.CDLL(sys.argv[1])
 quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow"]
 sys.exit(pytest.main([*quiet, *sys.argv[2:]]))
@@ -111,8 +111,8 @@ def emulated_sources(folder: Path) -> list[str]:
     stream = "aoti_torch_get_current_cuda_stream(like.device_index, &found)"
     session.write_text(replaced(text, stream, "0"))
     ops = folder / "csrc" / "ops_cuda.cpp"
-    key = "gradsampler_native, CUDA, m"
-    ops.write_text(replaced(ops.read_text(), key, "gradsampler_native, CPU, m"))
+    key = "gradsamplernative, CUDA, m"
+    ops.write_text(replaced(ops.read_text(), key, "gradsamplernative, CPU, m"))
     return [*files, str(ops), *map(str, sorted((folder / "csrc" / "cpu").glob("isa*.cpp")))]
 
 
@@ -121,7 +121,7 @@ def test_the_kernels_pass_the_tests_of_the_cpu(tmp_path):
     base = Path(torch.__file__).parent
     library = tmp_path / "emulated.so"
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-w"]
-    if "x86-64-v3" in _native.isas():
+    if "x86-64-v3" in native.isas():
         flags.append("-mfma")  # as the device has it
     flags += [f"-I{tmp_path}", f"-I{base}/include", "-DUSE_CUDA"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]

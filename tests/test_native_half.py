@@ -6,21 +6,22 @@ import math
 import pytest
 import torch
 
-from gradsampler import _native, noise
+from gradsampler import noise
+from gradsampler.ops import native
 
 pytestmark = pytest.mark.skipif(
-    _native.available() is not None, reason=f"extension: {_native.available()}"
+    native.available() is not None, reason=f"extension: {native.available()}"
 )
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
+@pytest.fixture(params=native.isas(), autouse=True)
 def _isa(request):
-    _native.use_isa(request.param)
+    native.use_isa(request.param)
     yield
-    _native.use_isa(_native.isas()[0])
+    native.use_isa(native.isas()[0])
 
 
 def every_half(dtype):
@@ -49,7 +50,7 @@ def same_bits(got, expected):
 @HALVES
 def test_float32_is_rounded_as_torch_does(dtype):
     x = floats_between(dtype)
-    same_bits(_native.step_fwd([x], [1.0], out_dtype=dtype), x.to(dtype))
+    same_bits(native.step_fwd([x], [1.0], out_dtype=dtype), x.to(dtype))
 
 
 @HALVES
@@ -57,17 +58,17 @@ def test_sums_of_halves_are_rounded_as_torch_does(dtype):
     x = every_half(dtype)
     # The product is exact in float32; many fall halfway between two values.
     coefficient = 1 + 2.0 ** (-8 if dtype == BF16 else -11)
-    same_bits(_native.step_fwd([x], [coefficient]), (x.float() * coefficient).to(dtype))
+    same_bits(native.step_fwd([x], [coefficient]), (x.float() * coefficient).to(dtype))
 
 
 def test_a_nan_of_any_payload_stays_one():
     payloads = [0x7F800001, 0x7FFFFFFF, 0x7FC00000, -1, -0x7FFFFF]
     x = torch.tensor(payloads, dtype=torch.int32).view(F32).repeat(7)[None]
     assert x.isnan().all()
-    assert _native.step_fwd([x], [1.0], out_dtype=BF16).isnan().all()
+    assert native.step_fwd([x], [1.0], out_dtype=BF16).isnan().all()
     noisy = noise.Draw(noise.GIVEN, 0, given=x)
     ones = torch.ones(x.shape, dtype=BF16)
-    assert _native.step_fwd([ones], [1.0], None, noisy, 1.0).isnan().all()
+    assert native.step_fwd([ones], [1.0], None, noisy, 1.0).isnan().all()
 
 
 @HALVES
@@ -80,7 +81,7 @@ def test_any_length_at_any_address(name, dtype):
         for size in (2, 3, 5, 15, 16, 17, 31, 33, 65, 127):
             x, d, z0 = (t[:, first : first + size] for t in whole)
             around = torch.full((1, size + 2), 7.0, dtype=dtype)
-            _native.step_fwd(
+            native.step_fwd(
                 [x, d], [0.5, -1.0], z0, source.draw(z0, 1, 4), 0.7, out=around[:, 1:-1]
             )
             exact = 0.5 * x.double() - d.double() + 0.7 * source.at(z0.double(), 1, 4)
@@ -97,7 +98,7 @@ def test_backward_into_halves_of_any_length(name, dtype):
     for size in (2, 3, 31, 64, 1025, 2051):
         z0, g, start = (torch.randn(2, size + 1).to(dtype)[:, 1:] for _ in range(3))
         dz0 = start.clone()
-        terms, *_ = _native.step_bwd(
+        terms, *_ = native.step_bwd(
             g, [g, g], [0.5, -1.25], z0, source.draw(z0, 1, 4), 0.7, dz0=dz0,
             needs_terms=[True, True],
         )  # fmt: skip
@@ -118,7 +119,7 @@ def test_sincos_over_the_whole_range(rate, layout, dtype):
         z0 = z0.repeat_interleave(2, 1)[:, ::2]
     for phase in (0.0, 1.0, -3.0):
         draw = noise.Draw(noise.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
-        got = _native.step_fwd([z0], [0.0], z0, draw, 1.0).double()
+        got = native.step_fwd([z0], [0.0], z0, draw, 1.0).double()
         exact = torch.sin(rate * z0.double() + phase)
         # The rounding of the stored result; the sine's own error is far below it.
         unit = 2.0**-8 if dtype == BF16 else 2.0**-11
@@ -130,7 +131,7 @@ def test_sincos_over_the_whole_range(rate, layout, dtype):
 def test_sincos_beyond_all_phase_stays_small(dtype):
     z0 = torch.tensor([[1e35, -1e30, 2.0**33, 6e4, -5e4, math.inf, math.nan] * 5]).to(dtype)
     draw = noise.Draw(noise.SINCOS, 3, rate=100.0, amplitude=1.0, phase=0.3)
-    got = _native.step_fwd([z0], [0.0], z0, draw, 1.0)
+    got = native.step_fwd([z0], [0.0], z0, draw, 1.0)
     finite = z0.isfinite()
     assert (got[finite].double().abs() <= 1 + 4e-5 * z0[finite].double().abs()).all()
     assert got[~finite].isnan().all()

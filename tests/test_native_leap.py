@@ -5,16 +5,16 @@ import pytest
 import torch
 from leaps import F32, F64, I32, I64, Case, Leaps, kinds
 
-from gradsampler import _native
+from gradsampler.ops import native
 
 pytestmark = pytest.mark.skipif(
-    _native.available() is not None, reason=f"extension: {_native.available()}"
+    native.available() is not None, reason=f"extension: {native.available()}"
 )
 
 
 @pytest.fixture
 def leap():
-    return _native.leap
+    return native.leap
 
 
 @pytest.fixture
@@ -34,21 +34,21 @@ def _restored():
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
-    _native.use_isa(_native.isas()[0])
-    _native._module.set_cache_bytes(32 << 20)
+    native.use_isa(native.isas()[0])
+    native._module.set_cache_bytes(32 << 20)
 
 
 class TestExtension(Leaps):
     @kinds
-    @pytest.mark.parametrize("isa", _native.isas())
+    @pytest.mark.parametrize("isa", native.isas())
     def test_every_instruction_set(self, leap, isa, kind):
-        _native.use_isa(isa)
+        native.use_isa(isa)
         for integer, dtypes in ((I32, "f32"), (I64, "f32 bf16"), (I32, "f64"), (I64, "f64 to f32")):
             Case("cpu", (2, 1531), kind, integer, dtypes).holds(leap)
 
-    @pytest.mark.parametrize("isa", _native.isas())
+    @pytest.mark.parametrize("isa", native.isas())
     def test_edges_on_every_instruction_set(self, leap, isa):
-        _native.use_isa(isa)
+        native.use_isa(isa)
         for integer in (I32, I64):
             for dtype in (F32, F64):
                 self.test_halves_go_to_the_even_number(leap, "cpu", dtype, integer)
@@ -59,7 +59,7 @@ class TestExtension(Leaps):
         case = Case("cpu", (3, 50_021), kind, I64, "f32 bf16")
         torch.set_num_threads(1)
         alone = case.holds(leap)
-        _native._module.set_cache_bytes(0)
+        native._module.set_cache_bytes(0)
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             assert torch.equal(case.holds(leap), alone)

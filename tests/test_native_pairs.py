@@ -4,10 +4,11 @@
 import pytest
 import torch
 
-from gradsampler import _native, philox, reference
+from gradsampler.noise import philox
+from gradsampler.ops import native, reference
 
 pytestmark = pytest.mark.skipif(
-    _native.available() is not None, reason=f"extension: {_native.available()}"
+    native.available() is not None, reason=f"extension: {native.available()}"
 )
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -55,9 +56,9 @@ def test_ancestral_step(dtype, learned, clamp, rows, shape):
     leaves = [t.double().requires_grad_() for t in (x, model_output, noise)]
     expected = ancestral64(leaves[0], leaves[1], table, leaves[2], clamp, nonzero)
     options = {"clamp": clamp, "nonzero": nonzero}
-    near(_native.ancestral_step_fwd(x, model_output, noise, coefs, **options), expected, dtype)
+    near(native.ancestral_step_fwd(x, model_output, noise, coefs, **options), expected, dtype)
     grads = torch.autograd.grad(expected, leaves, g.double())
-    got = _native.ancestral_step_bwd(g, x, model_output, noise, coefs, **options)
+    got = native.ancestral_step_bwd(g, x, model_output, noise, coefs, **options)
     for mine, exact in zip(got, grads, strict=True):
         near(mine, exact, dtype)
 
@@ -65,9 +66,9 @@ def test_ancestral_step(dtype, learned, clamp, rows, shape):
 def test_last_step_ignores_an_infinite_log_variance():
     x = torch.randn(2, 3)
     row = [1.0, 0.0, 1.0, 0.0, -float("inf"), -float("inf")]
-    assert torch.equal(_native.ancestral_step_fwd(x, x, x, row), x)
+    assert torch.equal(native.ancestral_step_fwd(x, x, x, row), x)
     row[4] = float("inf")
-    assert torch.equal(_native.ancestral_step_fwd(x, x, x, row, nonzero=0.0), x)
+    assert torch.equal(native.ancestral_step_fwd(x, x, x, row, nonzero=0.0), x)
 
 
 def test_exponential_over_its_range():
@@ -77,12 +78,12 @@ def test_exponential_over_its_range():
     one = torch.ones(4001, 17)  # vectors and their remainder
     exact = torch.exp(log_var.double() / 2)[:, None].expand(-1, 17)
     normal = exact > 2.0**-126
-    for isa in _native.isas():
-        _native.use_isa(isa)
-        got = _native.ancestral_step_fwd(one, one, one, coefs)
+    for isa in native.isas():
+        native.use_isa(isa)
+        got = native.ancestral_step_fwd(one, one, one, coefs)
         assert (got / exact - 1).abs()[normal].max() < 3e-7
         assert got[~normal].max() <= 2.0**-125
-    _native.use_isa(_native.isas()[0])
+    native.use_isa(native.isas()[0])
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
@@ -97,7 +98,7 @@ def test_flow_pair(dtype, drawn, shape):
     if drawn:
         count = x0.numel()
         x1 = philox.normals(count, 0, seed, F32, x0.device).to(dtype).view(shape)
-    x_t, v = _native.flow_pair_fwd(x0, t, None if drawn else x1, seed=seed)
+    x_t, v = native.flow_pair_fwd(x0, t, None if drawn else x1, seed=seed)
     leaves = [u.double().requires_grad_() for u in (x0, x1, t)]
     r = (1 - leaves[2]).view(-1, *[1] * (len(shape) - 1))
     exact_x = r * leaves[0] + (1 - (1 - 1e-5) * r) * leaves[1]
@@ -111,7 +112,7 @@ def test_flow_pair(dtype, drawn, shape):
     for use_x, use_v in [(True, True), (True, False), (False, True)]:
         loss = use_x * (exact_x * gx).sum() + use_v * (exact_v * gv).sum()
         grads = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        got = _native.flow_pair_bwd(
+        got = native.flow_pair_bwd(
             gx if use_x else None, gv if use_v else None, x0, t, None if drawn else x1,
             seed=seed,
         )  # fmt: skip
@@ -127,11 +128,11 @@ def test_an_ancestral_step_without_noise(learned):
     x, g = torch.randn(2, 3, 5, dtype=F64), torch.randn(2, 3, 5, dtype=F64)
     output = torch.randn(2, 3 * (1 + learned), 5, dtype=F64)
     near(
-        _native.ancestral_step_fwd(x, output, None, ROW),
+        native.ancestral_step_fwd(x, output, None, ROW),
         reference.ancestral_step_fwd(x, output, None, ROW),
         F64,
     )
-    mine = _native.ancestral_step_bwd(g, x, output, None, ROW)
+    mine = native.ancestral_step_bwd(g, x, output, None, ROW)
     exact = reference.ancestral_step_bwd(g, x, output, None, ROW)
     assert mine.noise is None
     near(mine.x, exact.x, F64)
@@ -141,5 +142,5 @@ def test_an_ancestral_step_without_noise(learned):
 @pytest.mark.parametrize("nonzero", [0.5, torch.tensor(0.5), torch.tensor([0.5, 0.0])])
 def test_a_factor_of_the_noise_that_is_not_one(nonzero):
     x = torch.randn(2, 3, 5, dtype=F64)
-    got = _native.ancestral_step_fwd(x, x, x, ROW, nonzero=nonzero)
+    got = native.ancestral_step_fwd(x, x, x, ROW, nonzero=nonzero)
     near(got, reference.ancestral_step_fwd(x, x, x, ROW, nonzero=nonzero), F64)

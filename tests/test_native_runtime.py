@@ -11,10 +11,12 @@ import torch
 import torch.utils.data
 
 import gradsampler as gs
-from gradsampler import _native, noise, philox
+from gradsampler import noise
+from gradsampler.noise import philox
+from gradsampler.ops import native
 
 needs_extension = pytest.mark.skipif(
-    _native.available() is not None, reason=f"extension: {_native.available()}"
+    native.available() is not None, reason=f"extension: {native.available()}"
 )
 SINCOS, ROLL = noise.SinCos(), noise.SignedRoll(3)
 MIXED = noise.Mixture(ROLL, 0.7, 5)
@@ -25,8 +27,8 @@ def restored():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    _native.use_isa(_native.isas()[0])
-    _native._module.set_cache_bytes(32 << 20)
+    native.use_isa(native.isas()[0])
+    native._module.set_cache_bytes(32 << 20)
 
 
 def everything(dtype=torch.float32, batch=3, size=50_021):
@@ -39,28 +41,28 @@ def everything(dtype=torch.float32, batch=3, size=50_021):
     for source in (SINCOS, ROLL, MIXED):
         draw = source.draw(z0, 9, 20)
         for coefs in ([0.3, -1.2], rows):
-            results.append(_native.step_fwd([x, d], coefs, z0, draw, 0.7))
+            results.append(native.step_fwd([x, d], coefs, z0, draw, 0.7))
             dz0 = torch.zeros_like(z0)
-            dterms, *sums, _ = _native.step_bwd(
+            dterms, *sums, _ = native.step_bwd(
                 g, [x, d], coefs, z0, draw, 0.7, dz0=dz0, clamp=(-1.0, 1.0),
                 needs_terms=[True, True], needs_coefs=True, needs_noise_coef=True,
             )  # fmt: skip
             results += [*dterms, *sums, dz0]
         dz0 = torch.zeros_like(z0)
-        results += _native.adjoint_step(
+        results += native.adjoint_step(
             [x, d], [0.3, 0.4], g, 0.5, [0.1, 0.2, 0.3], z0, draw, 0.7, dz0,
             mu_dtype=dtype, lam_dtype=dtype,
         )  # fmt: skip
         results.append(dz0)
     row = [1.3, 0.9, 0.6, 0.35, -1.0, -3.5]
     output = torch.cat((d, g), 1)
-    results.append(_native.ancestral_step_fwd(x, output, z0, row, clamp=(-1.0, 1.0)))
-    results += _native.ancestral_step_bwd(g, x, output, z0, row, clamp=(-1.0, 1.0))
+    results.append(native.ancestral_step_fwd(x, output, z0, row, clamp=(-1.0, 1.0)))
+    results += native.ancestral_step_bwd(g, x, output, z0, row, clamp=(-1.0, 1.0))
     t = torch.linspace(0.1, 0.9, batch, dtype=torch.float64)
     # The pair's normals are float32 whatever the dtype: given ones, where float64 is compared.
     x1 = z0 if dtype == torch.float64 else None
-    results += _native.flow_pair_fwd(x, t, x1, seed=4)
-    results += _native.flow_pair_bwd(g, d, x, t, x1, seed=4)
+    results += native.flow_pair_fwd(x, t, x1, seed=4)
+    results += native.flow_pair_bwd(g, d, x, t, x1, seed=4)
     return results
 
 
@@ -79,7 +81,7 @@ def test_one_thread_and_many_agree_bit_for_bit(dtype, restored):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_stores_around_the_cache_change_nothing(dtype, restored):
     plain = everything(dtype, 2, 3001)
-    _native._module.set_cache_bytes(0)
+    native._module.set_cache_bytes(0)
     for one, other in zip(plain, everything(dtype, 2, 3001), strict=True):
         assert torch.equal(one, other)
 
@@ -89,8 +91,8 @@ def test_stores_around_the_cache_change_nothing(dtype, restored):
 def test_every_instruction_set_agrees_to_rounding(dtype, restored):
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 2**-6)
     best = everything(dtype, 2, 2501)
-    for name in _native.isas()[1:]:
-        _native.use_isa(name)
+    for name in native.isas()[1:]:
+        native.use_isa(name)
         for one, other in zip(best, everything(dtype, 2, 2501), strict=True):
             # A value at the very edge of the clamp may fall on either side: allow a few.
             far = (one.double() - other.double()).abs() > tolerance * (1 + one.double().abs()) * (
@@ -104,8 +106,8 @@ def test_every_instruction_set_agrees_to_rounding(dtype, restored):
 def test_empty_tensors(shape):
     x = torch.empty(shape)
     draw = SINCOS.draw(x, 1, 2)
-    assert _native.step_fwd([x], [1.0], x, draw, 1.0).shape == shape
-    dterms, dcoefs, dnoise, _ = _native.step_bwd(
+    assert native.step_fwd([x], [1.0], x, draw, 1.0).shape == shape
+    dterms, dcoefs, dnoise, _ = native.step_bwd(
         x, [x], [1.0], x, draw, 1.0, dz0=torch.empty(shape),
         needs_terms=[True], needs_coefs=True, needs_noise_coef=True,
     )  # fmt: skip
@@ -117,7 +119,7 @@ def test_empty_tensors(shape):
 @needs_extension
 def test_a_scalar_state_is_one_sample_of_one():
     x = torch.tensor(2.0)
-    assert _native.step_fwd([x], [1.5], None, None, 0.0).item() == 3.0
+    assert native.step_fwd([x], [1.5], None, None, 0.0).item() == 3.0
 
 
 @needs_extension
@@ -156,7 +158,7 @@ def test_errors_name_argument_expected_and_got(change, message):
     } | change
     draw = SINCOS.draw(torch.ones(4, 16), 1, 2)
     with pytest.raises(RuntimeError, match=message):
-        _native.step_fwd(
+        native.step_fwd(
             call["terms"], call["coefs"], call["z0"], draw, call["noise_coef"], out=call["out"]
         )
 
@@ -165,16 +167,16 @@ def test_errors_name_argument_expected_and_got(change, message):
 def test_signed_roll_refuses_to_overwrite_its_source():
     z0 = torch.ones(2, 8)
     with pytest.raises(RuntimeError, match="out must not share memory with z0"):
-        _native.step_fwd([z0], [1.0], z0, ROLL.draw(z0, 1, 2), 1.0, out=z0)
+        native.step_fwd([z0], [1.0], z0, ROLL.draw(z0, 1, 2), 1.0, out=z0)
 
 
 @needs_extension
 def test_forked_workers_compute_the_same():
     code = (
         "import os, torch\n"
-        "from gradsampler import _native, noise\n"
+        "from gradsampler import native, noise\n"
         "z = torch.randn(2, 70000); d = noise.SinCos().draw(z, 3, 9)\n"
-        "f = lambda: _native.step_fwd([z], [0.5], z, d, 1.0)\n"
+        "f = lambda: native.step_fwd([z], [0.5], z, d, 1.0)\n"
         "want = f()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
@@ -219,14 +221,14 @@ def test_two_threads_call_at_once():
 
 @needs_extension
 def test_facts_name_the_build():
-    facts = _native.facts()
+    facts = native.facts()
     assert {"compiler", "torch", "isa", "threads", "cuda_archs"} <= set(facts)
-    assert facts["isa"] == _native.isas()[0]
-    assert _native.isas()[-1] == "default"
+    assert facts["isa"] == native.isas()[0]
+    assert native.isas()[-1] == "default"
 
 
 def test_availability_is_none_or_one_reason():
-    reason = _native.available()
+    reason = native.available()
     assert reason is None or (isinstance(reason, str) and reason and "\n" not in reason.strip())
 
 
@@ -237,7 +239,7 @@ def test_more_than_2_to_the_31_elements():
     x = torch.zeros(1, size, dtype=torch.bfloat16)
     x[0, -1] = 3.0
     draw = noise.Philox(5).draw(x, 2, 9)
-    _native.step_fwd([x], [2.0], None, draw, 1.0, out=x)
+    native.step_fwd([x], [2.0], None, draw, 1.0, out=x)
     block = torch.tensor([(size - 1) // 4])
     words = philox.philox4x32(
         (block & 0xFFFFFFFF, block >> 32, torch.full_like(block, 2), torch.zeros_like(block)), 5

@@ -7,7 +7,7 @@ from problems import normal
 from torch import nn
 
 import gradsampler as gs
-from gradsampler import backends
+from gradsampler.ops import backends
 
 pytestmark = pytest.mark.skipif(
     not backends.present("cpu"), reason=f"extension: {backends.available()['cpu']}"

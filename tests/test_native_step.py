@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from gradsampler import _native, noise, reference
+from gradsampler import noise
+from gradsampler.ops import native, reference
 
 pytestmark = pytest.mark.skipif(
-    _native.available() is not None, reason=f"extension: {_native.available()}"
+    native.available() is not None, reason=f"extension: {native.available()}"
 )
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -40,9 +41,9 @@ COEFS = [0.3, -1.2, 0.5, 0.25, -0.75, 1.5]
 @pytest.fixture(autouse=True)
 def _best_isa():
     torch.manual_seed(0)
-    _native.use_isa(_native.isas()[0])
+    native.use_isa(native.isas()[0])
     yield
-    _native.use_isa(_native.isas()[0])
+    native.use_isa(native.isas()[0])
 
 
 def make(shape, dtype, layout="dense"):
@@ -85,7 +86,7 @@ def test_step_forward(name, mixture):
     a, b, z_dtype, out_dtype = MIXTURES[mixture]
     for shape in SHAPES:
         x, d, z0 = make(shape, a), make(shape, b), make(shape, z_dtype)
-        out = _native.step_fwd([x, d], COEFS[:2], z0, draw_of(name, z0), 0.7, out_dtype=out_dtype)
+        out = native.step_fwd([x, d], COEFS[:2], z0, draw_of(name, z0), 0.7, out_dtype=out_dtype)
         assert out.dtype == out_dtype
         expected = 0.3 * x.double() - 1.2 * d.double() + 0.7 * noise64(name, z0)
         near(out, expected, out_dtype)
@@ -106,7 +107,7 @@ def test_any_number_of_terms_coefficients_by_float_call_and_sample(count, dtype)
         for k, x in enumerate(terms):
             expected = expected + per[:, k].view(3, 1, 1) * x.double()
         near(
-            _native.step_fwd(terms, coefs, z0, draw, torch.tensor(0.1, dtype=F64)),
+            native.step_fwd(terms, coefs, z0, draw, torch.tensor(0.1, dtype=F64)),
             expected,
             dtype,
             2,
@@ -120,7 +121,7 @@ def test_any_number_of_terms_coefficients_by_float_call_and_sample(count, dtype)
 def test_step_strides(name, dtype, layout, shape):
     x, d, z0 = make(shape, dtype, layout), make(shape, F32), make(shape, dtype, layout)
     out = make(shape, F32, "transposed")
-    got = _native.step_fwd([x, d], COEFS[:2], z0, draw_of(name, z0), 0.7, out=out)
+    got = native.step_fwd([x, d], COEFS[:2], z0, draw_of(name, z0), 0.7, out=out)
     assert got is out
     near(out, 0.3 * x.double() - 1.2 * d.double() + 0.7 * noise64(name, z0))
 
@@ -129,7 +130,7 @@ def test_step_strides(name, dtype, layout, shape):
 def test_clamp_acts_on_the_combination_before_the_noise(name):
     shape = (2, 1500)
     x, z0 = make(shape, F32), make(shape, F32)
-    out, model = _native.step_fwd(
+    out, model = native.step_fwd(
         [x, x],
         [2.0, 1.0],
         z0,
@@ -149,7 +150,7 @@ def test_in_place_output_and_nan_through_clamp():
     x, d = make((2, 3001), F32), make((2, 3001), F32)
     x[0, 5] = math.nan
     expected = (0.5 * x + d).clamp(-1, 1)
-    _native.step_fwd([x, d], [0.5, 1.0], None, None, 0.0, clamp=(-1, 1), out=x)
+    native.step_fwd([x, d], [0.5, 1.0], None, None, 0.0, clamp=(-1, 1), out=x)
     torch.testing.assert_close(x, expected, equal_nan=True)
 
 
@@ -157,11 +158,11 @@ def test_in_place_output_and_nan_through_clamp():
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_sincos_over_the_whole_range(rate, dtype):
     z0 = torch.linspace(-6, 6, 20001, dtype=dtype)[None]
-    for isa in _native.isas():
-        _native.use_isa(isa)
+    for isa in native.isas():
+        native.use_isa(isa)
         for phase in (0.0, 1.0, -3.0):
             draw = noise.Draw(noise.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
-            got = _native.step_fwd([z0], [0.0], z0, draw, 1.0)
+            got = native.step_fwd([z0], [0.0], z0, draw, 1.0)
             exact = torch.sin(rate * z0.double() + phase)
             # The oracle's argument rounds in float64; without fused multiply-add the kernel's
             # rounds in its own type, as in any plain formula.
@@ -184,7 +185,7 @@ def test_step_backward(mixture, name, per_sample, clamp):
         dz0 = start.clone()
         noise_coef = torch.tensor(0.7, dtype=F64)
         draw = draw_of(name, z0)
-        dterms, dcoefs, dnoise, dgiven = _native.step_bwd(
+        dterms, dcoefs, dnoise, dgiven = native.step_bwd(
             g, [x, d], coefs, z0, draw, noise_coef, dz0=dz0, clamp=clamp,
             needs_terms=[True, True], needs_coefs=True, needs_noise_coef=True, needs_given=True,
         )  # fmt: skip
@@ -220,7 +221,7 @@ def test_step_backward(mixture, name, per_sample, clamp):
 
 def test_backward_computes_only_what_is_needed():
     x, g = make((2, 9), F32), make((2, 9), F32)
-    dterms, dcoefs, dnoise, _ = _native.step_bwd(
+    dterms, dcoefs, dnoise, _ = native.step_bwd(
         g, [x, x, x], COEFS[:3], None, None, 0.0,
         needs_terms=[False, True, False], needs_coefs=False, needs_noise_coef=False,
     )  # fmt: skip
@@ -237,7 +238,7 @@ def test_backward_reads_any_gradient_layout(name, layout):
     shape = (3, 37, 61)
     x, z0, g = make(shape, F32), make(shape, F32), make(shape, F32, layout)
     dz0 = torch.zeros(shape)
-    dterms, *_ = _native.step_bwd(
+    dterms, *_ = native.step_bwd(
         g, [x], [2.0], z0, draw_of(name, z0), 0.7, dz0=dz0,
         needs_terms=[True], needs_coefs=False, needs_noise_coef=False,
     )  # fmt: skip
@@ -255,7 +256,7 @@ def test_adjoint_step(name, count, lam_dtype, g_dtype):
         a, b = COEFS[:count], COEFS[: count + 1]
         start = make(shape, lam_dtype)
         dz0 = start.clone()
-        lam, mu = _native.adjoint_step(
+        lam, mu = native.adjoint_step(
             lams, a, g, 0.6, b, z0, draw_of(name, z0), 0.7, dz0,
             mu_dtype=g_dtype, lam_dtype=lam_dtype,
         )  # fmt: skip
@@ -271,7 +272,7 @@ def test_adjoint_step(name, count, lam_dtype, g_dtype):
 
 def test_adjoint_step_without_cotangent_of_the_model():
     lams = [make((2, 9), F32), make((2, 9), F32)]
-    lam, mu = _native.adjoint_step(
+    lam, mu = native.adjoint_step(
         lams, [1.0, 2.0], None, 0.0, None, None, None, 0.0, None, mu_dtype=F32, lam_dtype=F32
     )
     assert mu is None
@@ -281,7 +282,7 @@ def test_adjoint_step_without_cotangent_of_the_model():
 def test_backward_asks_terms_that_it_does_not_read_for_their_dtype_alone():
     g = make((2, 9), F32)
     terms = [torch.empty(0, dtype=F64), torch.empty(0, dtype=BF16)]
-    dterms, *_ = _native.step_bwd(g, terms, [0.1, -1.2], needs_terms=[True, True])
+    dterms, *_ = native.step_bwd(g, terms, [0.1, -1.2], needs_terms=[True, True])
     assert [d.dtype for d in dterms] == [F64, BF16]
     torch.testing.assert_close(dterms[0], 0.1 * g.double(), rtol=1e-15, atol=0)
     near(dterms[1], -1.2 * g.double(), BF16)
@@ -293,10 +294,10 @@ def test_counts_of_terms_that_the_loops_do_not_know(count):
     terms, coefs = [make((2, 9), F64) for _ in range(count)], [0.5] * count
     draw = draw_of("sincos", z0)
     dz0, same = torch.zeros_like(z0), torch.zeros_like(z0)
-    got = _native.step_fwd(terms, coefs, z0, draw, 0.7)
+    got = native.step_fwd(terms, coefs, z0, draw, 0.7)
     near(got, reference.step_fwd(terms, coefs, z0, draw, 0.7), F64)
     needs = {"needs_terms": [True] * count, "needs_noise_coef": True}
-    mine = _native.step_bwd(g, terms, coefs, z0, draw, 0.7, dz0=dz0, **needs)
+    mine = native.step_bwd(g, terms, coefs, z0, draw, 0.7, dz0=dz0, **needs)
     exact = reference.step_bwd(g, terms, coefs, z0, draw, 0.7, dz0=same, **needs)
     for one, other in zip(mine.terms, exact.terms, strict=True):
         near(one, other, F64)
@@ -307,9 +308,9 @@ def test_counts_of_terms_that_the_loops_do_not_know(count):
 def test_an_amount_of_noise_for_each_sample():
     x, z0, g = (make((3, 9), F64) for _ in range(3))
     draw, amount = draw_of("mixture_roll", z0), torch.tensor([0.5, 0.0, -2.0])
-    got = _native.step_fwd([x], [2.0], z0, draw, amount)
+    got = native.step_fwd([x], [2.0], z0, draw, amount)
     near(got, reference.step_fwd([x], [2.0], z0, draw, amount), F64)
-    grads = _native.step_bwd(
+    grads = native.step_bwd(
         g, [x], [2.0], z0, draw, amount, needs_terms=[False], needs_noise_coef=True
     )
     assert grads.noise_coef.shape == (3,)
@@ -317,4 +318,4 @@ def test_an_amount_of_noise_for_each_sample():
 
 def test_a_dtype_that_the_loops_do_not_know():
     x = torch.ones(2, 9).to(torch.float8_e4m3fn)
-    assert torch.equal(_native.step_fwd([x], [2.0], out_dtype=F32), torch.full((2, 9), 2.0))
+    assert torch.equal(native.step_fwd([x], [2.0], out_dtype=F32), torch.full((2, 9), 2.0))

@@ -23,7 +23,7 @@ from test_philox import (
 )
 
 from gradsampler import noise
-from gradsampler.noise import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
+from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 
 N = 12  # steps of the runs below, unless a test says otherwise
 BIG_SEED = 2**40 + 3

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradsampler import philox
+from gradsampler.noise import philox
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF

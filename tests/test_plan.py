@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import gradsampler as gs
 from gradsampler.memory import capacity
-from gradsampler.memory.footprint import measured
-from gradsampler.memory.gauge import gauge
-from gradsampler.memory.rehearsal import Rehearsal
+from gradsampler.memory.planning.footprint import measured
+from gradsampler.memory.planning.gauge import gauge
+from gradsampler.memory.planning.rehearsal import Rehearsal
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
 STATE = 2**20

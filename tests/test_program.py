@@ -19,14 +19,7 @@ from torch import Tensor
 import gradsampler as gs
 from gradsampler import noise as noises
 from gradsampler import solvers
-from gradsampler.parameterization import (
-    EDM,
-    Guided,
-    Parameterization,
-    Preconditioning,
-    Prediction,
-)
-from gradsampler.program import (
+from gradsampler.engine.program import (
     Z0,
     Absorption,
     Affine,
@@ -38,6 +31,13 @@ from gradsampler.program import (
     Stage,
     fused,
     transpose,
+)
+from gradsampler.parameterization import (
+    EDM,
+    Guided,
+    Parameterization,
+    Preconditioning,
+    Prediction,
 )
 from gradsampler.solvers import Solver
 

@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
-from gradsampler.generators import reachable
+from gradsampler.engine.generators import reachable
+from gradsampler.engine.replay import Sketch
 from gradsampler.memory import Offload, Revolve, Truncated
-from gradsampler.replay import Sketch
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
 STRATEGIES = {

@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 import gradsampler as gs
 from gradsampler import memory as memories
 from gradsampler import models
+from gradsampler.engine.replay import ReplayError
 from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
-from gradsampler.replay import ReplayError
 
 SOLVER = "midpoint_reversible"
 KINDS = ("off", "sincos", "signed_roll", "philox", "mixture", "given")

@@ -32,10 +32,10 @@ from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 
 import gradsampler as gs
+from gradsampler.engine.program import Z0, Evaluation, Stage
 from gradsampler.memory import Offload, Revolve, Truncated, files, revolve
 from gradsampler.memory.host import Host, Pinned
 from gradsampler.parameterization import parameterize
-from gradsampler.program import Z0, Evaluation, Stage
 
 SIGMAS = gs.schedules.karras(5, sigma_min=0.05, sigma_max=9.0)
 FOLDER = "folder"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import gradsampler as gs
-from gradsampler import _ops, backends
-from gradsampler.noise import Draw
+from gradsampler.noise.sources import Draw
+from gradsampler.ops import backends, library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [name for name in ("reference", "triton", DEVICE) if backends.present(name)]
@@ -37,7 +37,7 @@ def draws(z0):
 
 def step_arguments(kind, backend, learned):
     z0 = leaf(2, 5, seed=9)
-    words, wave, given = _ops.lowered(draws(z0)[kind])
+    words, wave, given = library.lowered(draws(z0)[kind])
     terms = [leaf(2, 5, seed=1), leaf(2, 5, seed=2)]
     numbers, coefs = ([], leaf(2, 2, seed=3)) if learned else ([0.5, -1.5], None)
     amount = leaf(seed=4) if learned and words else None
@@ -51,7 +51,7 @@ def step_arguments(kind, backend, learned):
 @pytest.mark.parametrize("learned", [False, True], ids=["floats", "tensors"])
 @pytest.mark.parametrize("kind", ["none", "sincos", "signed_roll", "philox", "mixture", "given"])
 def test_opcheck_step(kind, learned, backend):
-    torch.library.opcheck(_ops.step, step_arguments(kind, backend, learned))
+    torch.library.opcheck(library.step, step_arguments(kind, backend, learned))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -60,7 +60,7 @@ def test_opcheck_step_backward(backend):
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in rest]
     needs = [True, False, True, True, False, True]
     arguments = (normal(2, 5), [x.detach() for x in terms], *detached, needs, backend)
-    torch.library.opcheck(_ops.step_backward, arguments)
+    torch.library.opcheck(library.step_backward, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,21 +69,23 @@ def test_opcheck_ancestral_step(clamp, backend):
     coefs = normal(2, 6, seed=5)
     nonzero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=DEVICE)
     inputs = (leaf(2, 3, 4), leaf(2, 6, 4, seed=1), leaf(2, 3, 4, seed=2))
-    torch.library.opcheck(_ops.ancestral_step, (*inputs, coefs, nonzero, clamp, backend))
+    torch.library.opcheck(library.ancestral_step, (*inputs, coefs, nonzero, clamp, backend))
     detached = [x.detach() for x in inputs]
     needs = [True, True, False]
     arguments = (normal(2, 3, 4), *detached, coefs, nonzero, clamp, needs, backend)
-    torch.library.opcheck(_ops.ancestral_step_backward, arguments)
+    torch.library.opcheck(library.ancestral_step_backward, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_flow_pair(backend):
     inputs = (leaf(2, 5), leaf(2, seed=1), leaf(2, 5, seed=2))
-    torch.library.opcheck(_ops.flow_pair, (*inputs, 1e-3, backend))
+    torch.library.opcheck(library.flow_pair, (*inputs, 1e-3, backend))
     detached = [x.detach() for x in inputs]
     cotangents = (normal(2, 5, seed=3), normal(2, 5, seed=4))
     needs = [True, True, True]
-    torch.library.opcheck(_ops.flow_pair_backward, (*cotangents, *detached, 1e-3, needs, backend))
+    torch.library.opcheck(
+        library.flow_pair_backward, (*cotangents, *detached, 1e-3, needs, backend)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,12 +93,12 @@ def test_opcheck_flow_pair(backend):
 def test_opcheck_reparameterize(shape, backend):
     nonzero = torch.tensor([0.5, 0.0], dtype=torch.float64, device=DEVICE).requires_grad_()
     inputs = (leaf(2, 3, 4), leaf(*shape, seed=1), leaf(2, 3, 4, seed=2), nonzero)
-    torch.library.opcheck(_ops.reparameterize, (*inputs, backend))
-    torch.library.opcheck(_ops.reparameterize, (*inputs[:3], None, backend))
+    torch.library.opcheck(library.reparameterize, (*inputs, backend))
+    torch.library.opcheck(library.reparameterize, (*inputs[:3], None, backend))
     detached = [x.detach() for x in inputs]
     for needs in ([True] * 4, [False, True, False, False]):
         arguments = (normal(2, 3, 4), *detached, needs, backend)
-        torch.library.opcheck(_ops.reparameterize_backward, arguments)
+        torch.library.opcheck(library.reparameterize_backward, arguments)
 
 
 def test_every_op_of_the_namespace_is_checked_above():

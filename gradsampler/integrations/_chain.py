@@ -14,7 +14,7 @@ from gradsampler import _checks
 from gradsampler.integrations._reverse import Call, Network, Reverse, StepNoise
 from gradsampler.iteration import iterate
 from gradsampler.memory import Memory
-from gradsampler.noise import Given, NoiseSource, Off, Philox
+from gradsampler.noise.sources import Given, NoiseSource, Off, Philox
 
 
 class Chain(Reverse):

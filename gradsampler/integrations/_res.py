@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
-from gradsampler.noise import Cotangent, NoiseSource
-from gradsampler.observer import StepInfo
+from gradsampler.engine.observer import StepInfo
+from gradsampler.engine.program import Affine, Recorder
+from gradsampler.engine.replay import RandomState
+from gradsampler.noise.sources import Cotangent, NoiseSource
 from gradsampler.parameterization import Parameterization, Preconditioning
-from gradsampler.program import Affine, Recorder
-from gradsampler.replay import RandomState
 from gradsampler.solvers import Churn
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x [B, *state], sigma [B]) -> x0 [B, *state]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks, ops
+from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.integrations._posterior import (
     MEAN_TYPES,
     VAR_TYPES,
@@ -20,8 +21,7 @@ from gradsampler.integrations._posterior import (
     respaced_betas,
 )
 from gradsampler.iteration import Watch
-from gradsampler.noise import NoiseSource
-from gradsampler.trajectory import GradientWarning
+from gradsampler.noise.sources import NoiseSource
 
 
 class GuidanceWarning(GradientWarning):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.engine.program import Program, Recorder
 from gradsampler.parameterization import Coefficient, Parameterization, Preconditioning
-from gradsampler.program import Program, Recorder
 from gradsampler.solvers import Euler
 
 STEADY_STEPS = 10  # guidance oscillates after these

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.engine.program import Affine, Recorder
 from gradsampler.integrations._res import (
     Amounts,
     Callback,
@@ -32,9 +33,8 @@ from gradsampler.integrations._res import (
     X0Function,
 )
 from gradsampler.memory import Memory
-from gradsampler.noise import NoiseSource, Off, SinCos
-from gradsampler.program import Affine, Recorder
-from gradsampler.sample import integrate
+from gradsampler.noise.sources import NoiseSource, Off, SinCos
+from gradsampler.sampling import integrate
 from gradsampler.solvers import Churn, Euler, Res2Mid, Res2MidStable, Solver
 from gradsampler.solvers.res import first_order, second_order
 

@@ -28,7 +28,7 @@ from gradsampler.integrations._posterior import Table
 from gradsampler.integrations._reverse import Call, Denoised, GuidanceWarning, Network
 from gradsampler.iteration import Watch
 from gradsampler.memory import Memory
-from gradsampler.noise import NoiseSource
+from gradsampler.noise.sources import NoiseSource
 
 __all__ = [
     "GaussianDiffusion",

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks, flow
+from gradsampler.engine.observer import StepInfo
 from gradsampler.integrations import _latents
 from gradsampler.integrations._latents import pack
 from gradsampler.integrations._velocity import Guidance, GuidedVelocity, euler
 from gradsampler.memory import Memory
-from gradsampler.observer import StepInfo
 from gradsampler.parameterization import Coefficient
-from gradsampler.sample import integrate
+from gradsampler.sampling import integrate
 
 __all__ = [
     "Inputs",

@@ -8,8 +8,8 @@ from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.frozen import freeze
 from gradsampler.memory.named import names
 from gradsampler.memory.offload import Offload
-from gradsampler.memory.plan import Plan, plan
-from gradsampler.memory.predictor import Row
+from gradsampler.memory.planning.plan import Plan, plan
+from gradsampler.memory.planning.predictor import Row
 from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store

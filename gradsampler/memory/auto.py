@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.adjoint import Adjoint, Call, Connection, Gradients, States
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, States
+from gradsampler.engine.program import Evaluation, Slot, Stage
+from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
@@ -16,8 +18,6 @@ from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.saved import Saved
 from gradsampler.memory.store import Store
-from gradsampler.program import Evaluation, Slot, Stage
-from gradsampler.trajectory import Trajectory
 
 _USED = 0.8  # of what is free; the rest is for what follows the run, and for fragments
 _STATES = 0.5  # of what is free that states or snapshots may take

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradsampler.trajectory import Trajectory
+from gradsampler.engine.trajectory import Trajectory
 
 
 class Memory(ABC):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.adjoint import Adjoint, Connection
+from gradsampler.engine.adjoint import Adjoint, Connection
+from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.memory.store import Store
-from gradsampler.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gradsampler.engine.trajectory import version
 from gradsampler.memory.snapshots import unchanged
-from gradsampler.trajectory import version
 
 _AHEAD = 2  # tensors that may wait to be written
 

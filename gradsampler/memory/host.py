@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsampler.engine.trajectory import version
 from gradsampler.memory.snapshots import unchanged
-from gradsampler.trajectory import version
 
 _AHEAD = 2  # copies to the host that may be under way
 

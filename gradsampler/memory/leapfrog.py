@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from gradsampler import _checks
-from gradsampler.program import Z0, Evaluation, Program, Slot, Stage, Terms
+from gradsampler.engine.program import Z0, Evaluation, Program, Slot, Stage, Terms
 
 _MARGIN = 2  # bits between the expected range and the end of the integers' range
 _LEAST = 16  # bits below one with which the rounding is not seen in a sample

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.adjoint import Adjoint, Connection, States
+from gradsampler.engine.adjoint import Adjoint, Connection, States
+from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.files import Files
 from gradsampler.memory.host import Host
 from gradsampler.memory.store import Store
-from gradsampler.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.engine.program import Z0, Evaluation, Slot
+from gradsampler.engine.replay import ReplayError
+from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.leapfrog import FixedPoint, Leapfrog
-from gradsampler.program import Z0, Evaluation, Slot
-from gradsampler.reference import fixed_point
-from gradsampler.replay import ReplayError
-from gradsampler.trajectory import Evaluate, Trajectory
+from gradsampler.ops.reference import fixed_point
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from checkpoint_schedules import (
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.engine.program import Z0, Evaluation, Program, Slot
+from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.files import Folder
@@ -32,8 +34,6 @@ from gradsampler.memory.host import Pinned
 from gradsampler.memory.offload import check_target
 from gradsampler.memory.snapshots import Place, Snapshot
 from gradsampler.memory.store import Store
-from gradsampler.program import Z0, Evaluation, Program, Slot
-from gradsampler.trajectory import Evaluate, Trajectory
 
 
 @dataclass(frozen=True)

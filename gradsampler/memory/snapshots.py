@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from gradsampler.program import Slot
-from gradsampler.trajectory import version
+from gradsampler.engine.program import Slot
+from gradsampler.engine.trajectory import version
 
 
 class Kept(Protocol):

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradsampler import replay
-from gradsampler._ops import differentiable
+from gradsampler.engine import replay
+from gradsampler.engine.program import Evaluation
+from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
 from gradsampler.memory.base import Memory
-from gradsampler.program import Evaluation
-from gradsampler.trajectory import GradientWarning, Numbers, Trajectory
+from gradsampler.ops.library import differentiable
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.engine.program import Z0, Evaluation, Program, Slot, Stage
+from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import named
 from gradsampler.memory.base import Memory
 from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.store import Store
-from gradsampler.program import Z0, Evaluation, Program, Slot, Stage
-from gradsampler.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.engine.program import Affine, Program, Recorder
 from gradsampler.parameterization import Parameterization
-from gradsampler.program import Affine, Program, Recorder
 
 
 @dataclass(frozen=True)

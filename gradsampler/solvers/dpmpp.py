@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.program import Affine, Recorder
+from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver, half_log_snr
 
 

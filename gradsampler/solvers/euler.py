@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradsampler.program import Affine, Recorder
+from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
 
 

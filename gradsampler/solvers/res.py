@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.program import Affine, Recorder
+from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver, half_log_snr
 from gradsampler.solvers.exponential import phi1, phi2
 

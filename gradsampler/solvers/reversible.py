@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.program import Affine, Recorder
+from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import ancestral_levels
 from gradsampler.solvers.base import Churn, Solver
 

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, backends, chart, gradient_flow, models, noise, schedules, solvers
+from gradsampler import _checks, gradient_flow, models, noise, schedules, solvers
 from gradsampler import memory as memories
 from gradsampler._version import __version__
-from gradsampler.demo import OBJECTIVES, Demo
+from gradsampler.app import chart
+from gradsampler.app.demo import OBJECTIVES, Demo
+from gradsampler.engine.observer import NonFiniteError
 from gradsampler.memory.capacity import readable
-from gradsampler.memory.gauge import gauge
-from gradsampler.observer import NonFiniteError
+from gradsampler.memory.planning.gauge import gauge
+from gradsampler.ops import backends
 from gradsampler.parameterization import EDM, Parameterization, parameterize
-from gradsampler.sample import sample
+from gradsampler.sampling import sample
 
 NOISES = {
     "off": noise.Off,
@@ -117,7 +119,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Versions, backends and the facts of the native extension's build."""
-    from gradsampler import _native
+    from gradsampler.ops import native
 
     print(f"gradsampler {__version__}, torch {torch.__version__}")
     print(f"CUDA of this torch: {torch.version.cuda or 'none'}")
@@ -128,11 +130,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
     for kind in devices:
         print(f"used on {kind} tensors: {backends.choose(None, torch.device(kind)).name}")
     print("native extension:")
-    reason = _native.available()
+    reason = native.available()
     if reason is not None:
         print(f"  absent: {reason}")
         return 0
-    for fact, value in (_native.facts() | {"isas": ", ".join(_native.isas())}).items():
+    for fact, value in (native.facts() | {"isas": ", ".join(native.isas())}).items():
         print(f"  {fact:12} {value or 'none'}")
     return 0
 

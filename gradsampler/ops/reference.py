@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import philox
-from gradsampler.noise import (
+from gradsampler.noise import philox
+from gradsampler.noise.sources import (
     GIVEN,
     SIGNED_ROLL,
     SINCOS,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused ops by the native extension, or why it is not here.
 
-The functions have the arguments of `gradsampler.reference`; csrc/step_math.h has the formulas.
+The functions have the arguments of `gradsampler.ops.reference`; csrc/step_math.h has the formulas.
 They allocate and never differentiate. What the extension does not know is left to the reference:
 more than six terms or none, an amount of noise for each sample, an ancestral step without noise,
 and dtypes other than float64, float32, bfloat16 and float16.
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, reference
-from gradsampler.noise import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
-from gradsampler.reference import AncestralGrads, FlowPairGrads, Numbers, StepGrads
+from gradsampler import _checks
+from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+from gradsampler.ops import reference
+from gradsampler.ops.reference import AncestralGrads, FlowPairGrads, Numbers, StepGrads
 
 MAX_TERMS = 6
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
@@ -31,7 +32,7 @@ def _load() -> str | None:
     try:
         _module = importlib.import_module("gradsampler._C")
     except ImportError as error:
-        recorded = Path(__file__).with_name("_native_reason.txt")
+        recorded = Path(__file__).parents[1] / "_native_reason.txt"
         if recorded.exists():
             return recorded.read_text(encoding="utf-8").strip()
         if isinstance(error, ModuleNotFoundError) and error.name == "gradsampler._C":

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from gradsampler.engine.program import Program
 from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
-from gradsampler.memory.footprint import Footprint
 from gradsampler.memory.offload import Offload
-from gradsampler.memory.rehearsal import Cost, Rehearsal
+from gradsampler.memory.planning.footprint import Footprint
+from gradsampler.memory.planning.rehearsal import Cost, Rehearsal
 from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.store import Store
-from gradsampler.program import Program
 
 
 @dataclass(frozen=True)

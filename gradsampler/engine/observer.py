@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradsampler.program import Evaluation, Program, Slot
+from gradsampler.engine.program import Evaluation, Program, Slot
 
 
 class NonFiniteError(ArithmeticError):

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from gradsampler import _checks, arguments
 from gradsampler.arguments import Denoiser
-from gradsampler.memory import capacity, footprint
+from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.capacity import readable
-from gradsampler.memory.footprint import Footprint
-from gradsampler.memory.predictor import Predictor, Row
+from gradsampler.memory.planning import footprint
+from gradsampler.memory.planning.footprint import Footprint
+from gradsampler.memory.planning.predictor import Predictor, Row
 from gradsampler.memory.reversible import Reversible
-from gradsampler.noise import NoiseSource
+from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization
 from gradsampler.solvers import Churn, Solver
 

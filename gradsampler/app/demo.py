@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradsampler import _checks, models, picture, regularizers, schedules, solvers
+from gradsampler import _checks, models, schedules, solvers
 from gradsampler._version import __version__
-from gradsampler.noise import NoiseSource, SignedRoll
-from gradsampler.optimize import OptimizeResult, optimize
+from gradsampler.app import picture
+from gradsampler.noise.sources import NoiseSource, SignedRoll
+from gradsampler.optimization import regularizers
+from gradsampler.optimization.optimize import OptimizeResult, optimize
 from gradsampler.parameterization import EDM
-from gradsampler.sample import sample
+from gradsampler.sampling import sample
 from gradsampler.solvers import Churn
 
 

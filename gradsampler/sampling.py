@@ -11,11 +11,11 @@ from torch import Tensor
 from gradsampler import _checks, arguments
 from gradsampler import memory as memories
 from gradsampler.arguments import Denoiser
+from gradsampler.engine.observer import Observer, StepInfo
+from gradsampler.engine.program import Program
 from gradsampler.memory import Memory
-from gradsampler.noise import NoiseSource
-from gradsampler.observer import Observer, StepInfo
+from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization
-from gradsampler.program import Program
 from gradsampler.solvers import Churn, Solver
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, _ops, philox
-from gradsampler.noise import Draw, NoiseSource, draw_of
+from gradsampler import _checks
+from gradsampler.noise import philox
+from gradsampler.noise.sources import Draw, NoiseSource, draw_of
+from gradsampler.ops import library
 
 __all__ = ["ancestral_step", "flow_pair", "reparameterize", "step"]
 
@@ -64,8 +66,8 @@ def step(
     amount = _amount(noise_coef, noise, len(first))
     draw = _draw(noise, z0, step, num_steps, terms)
     dtype = _result_dtype(out, out_dtype, first)
-    words, wave, given = _ops.lowered(draw)
-    result: Tensor = _ops.step(
+    words, wave, given = library.lowered(draw)
+    result: Tensor = library.step(
         list(terms),
         numbers,
         tensor,
@@ -126,7 +128,7 @@ def reparameterize(
             "reparameterize: log_variance", f"be broadcastable to shape {[*target]}", [*shape]
         )
     _per_sample("reparameterize: nonzero", nonzero, mean)
-    result: Tensor = _ops.reparameterize(mean, log_variance, noise, nonzero, backend or "")
+    result: Tensor = library.reparameterize(mean, log_variance, noise, nonzero, backend or "")
     return result
 
 
@@ -186,7 +188,7 @@ def ancestral_step(
     if tensor is None:
         tensor = torch.tensor(numbers, dtype=torch.float64, device=x.device)
     bounds = [] if clamp is None else [float(c) for c in clamp]
-    result: Tensor = _ops.ancestral_step(
+    result: Tensor = library.ancestral_step(
         x, model_output, noise, tensor, nonzero, bounds, backend or ""
     )
     return result
@@ -236,7 +238,7 @@ def flow_pair(
         drawn = _checks.integer("flow_pair: seed", seed, 0)
         x1 = philox.normals(x0.numel(), 0, drawn, x0.dtype, x0.device).view(x0.shape)
     _same("flow_pair: x1", x1, x0)
-    x_t, v = _ops.flow_pair(x0, t, x1, sigma_min, backend or "")
+    x_t, v = library.flow_pair(x0, t, x1, sigma_min, backend or "")
     return x_t, x1, v
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Collection
 
-from gradsampler.program import Slot
+from gradsampler.engine.program import Slot
 
 
 class Block:

@@ -18,9 +18,7 @@ from checkpoint_schedules import (
     Reverse,
 )
 
-from gradsampler.memory.footprint import Footprint
-from gradsampler.memory.heap import Block, Heap, Table, copied, shared
-from gradsampler.program import (
+from gradsampler.engine.program import (
     Absorption,
     Descent,
     Evaluation,
@@ -31,6 +29,8 @@ from gradsampler.program import (
     fused,
     transpose,
 )
+from gradsampler.memory.planning.footprint import Footprint
+from gradsampler.memory.planning.heap import Block, Heap, Table, copied, shared
 
 # Bytes an element of signs in plain torch, which transposes the injection that ends a run; kernels
 # transpose the others.

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler import replay
-from gradsampler.adjoint import Adjoint, Call
+from gradsampler.engine import replay
+from gradsampler.engine.adjoint import Adjoint, Call
+from gradsampler.engine.program import Z0, Evaluation
+from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
-from gradsampler.memory.gauge import gauge
+from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.saved import Saved, address
-from gradsampler.program import Z0, Evaluation
-from gradsampler.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.backends import MAX_TERMS, Backend
-from gradsampler.conditioning import Conditioning
-from gradsampler.noise import Draw, NoiseSource, draw_of
-from gradsampler.observer import Observer
+from gradsampler.engine.conditioning import Conditioning
+from gradsampler.engine.observer import Observer
+from gradsampler.engine.program import (
+    Z0,
+    Evaluation,
+    Injection,
+    Instruction,
+    Program,
+    Slot,
+    Stage,
+    Terms,
+)
+from gradsampler.noise.sources import Draw, NoiseSource, draw_of
+from gradsampler.ops.backends import MAX_TERMS, Backend
 from gradsampler.parameterization import Parameterization
-from gradsampler.program import Z0, Evaluation, Injection, Instruction, Program, Slot, Stage, Terms
 
 Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
 Evaluate = Callable[[Evaluation, Tensor, Tensor | None], Sequence[Tensor]]

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from gradsampler import _checks
 from gradsampler.arguments import Denoiser, checked_levels
-from gradsampler.journal import Journal
-from gradsampler.noise import NoiseSource
-from gradsampler.observer import NonFiniteError
+from gradsampler.engine.observer import NonFiniteError
+from gradsampler.engine.replay import RandomState
+from gradsampler.noise.sources import NoiseSource
+from gradsampler.optimization.journal import Journal
 from gradsampler.parameterization import Parameterization
-from gradsampler.replay import RandomState
-from gradsampler.sample import sample
+from gradsampler.sampling import sample
 
 __all__ = ["OptimizeResult", "OptimizeStep", "optimize"]
 

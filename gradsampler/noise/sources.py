@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, philox
+from gradsampler import _checks
+from gradsampler.noise import philox
 
 __all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
 

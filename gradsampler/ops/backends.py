@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementations of the fused ops are present, why another is not, and the choice of one.
 
-A backend has the functions of `gradsampler.reference`, with the same arguments.
+A backend has the functions of `gradsampler.ops.reference`, with the same arguments.
 """
 
 import os
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from gradsampler import _checks, reference
+from gradsampler import _checks
+from gradsampler.ops import reference
 
 __all__ = ["Backend", "available", "choose"]
 
@@ -92,29 +93,29 @@ def _reference() -> tuple[Backend | None, str]:
 def _cpu() -> tuple[Backend | None, str]:
     """The extension on CPU tensors and what it was built with, or None and the reason."""
     # Loaded here, so that importing gradsampler loads no extension.
-    from gradsampler import _native
+    from gradsampler.ops import native
 
-    reason = _native.available()
+    reason = native.available()
     if reason is not None:
         return None, reason
-    facts = _native.facts()
-    return Backend.of("cpu", _native), f"{facts['compiler']}, {facts['isa']}"
+    facts = native.facts()
+    return Backend.of("cpu", native), f"{facts['compiler']}, {facts['isa']}"
 
 
 @cache
 def _cuda() -> tuple[Backend | None, str]:
     """The extension on GPU tensors and what it was compiled for, or None and the reason."""
-    from gradsampler import _native
+    from gradsampler.ops import native
 
-    reason = _native.available()
-    archs = _native.facts().get("cuda_archs")
+    reason = native.available()
+    archs = native.facts().get("cuda_archs")
     if reason is None and not archs:
         reason = "the extension was built without CUDA, which needs a CUDA torch and nvcc"
     if reason is None and not torch.cuda.is_available():
         reason = f"built for {archs}, but torch finds no GPU"
     if reason is not None:
         return None, reason
-    return Backend.of("cuda", _native), f"built for {archs}"
+    return Backend.of("cuda", native), f"built for {archs}"
 
 
 @cache

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import backends, reference
-from gradsampler.noise import Draw
+from gradsampler.noise.sources import Draw
+from gradsampler.ops import backends, reference
 
 _LIBRARY = torch.library.Library("gradsampler", "DEF")
 

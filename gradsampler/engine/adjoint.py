@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradsampler import generators, replay
-from gradsampler.noise import GIVEN, Draw
-from gradsampler.program import (
+from gradsampler.engine import generators, replay
+from gradsampler.engine.program import (
     Z0,
     Absorption,
     Descent,
@@ -22,7 +21,8 @@ from gradsampler.program import (
     fused,
     transpose,
 )
-from gradsampler.trajectory import GradientWarning, Trajectory
+from gradsampler.engine.trajectory import GradientWarning, Trajectory
+from gradsampler.noise.sources import GIVEN, Draw
 
 
 class States(Protocol):

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step noises: what a sampler injects at step i of N, as a function of the initial noise z0."""
+
+from gradsampler.noise.sources import (
+    Given,
+    Mixture,
+    NoiseSource,
+    Off,
+    Philox,
+    SignedRoll,
+    SinCos,
+)
+
+__all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
