@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-pytest.register_assert_rewrite("leaps")
+pytest.register_assert_rewrite("support")
 
 # Tensors are tiny here: a second thread costs more than it brings, and two processes run at once.
 torch.set_num_threads(1)

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Gaussian, normal
 
 import gradsampler as gs
 from gradsampler import gradient_flow
@@ -30,6 +29,7 @@ from gradsampler.integrations.cosmos import (
     SolverConfig,
     SolverTimestampConfig,
 )
+from support.problems import Gaussian, normal
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (2, 1, 2, 3, 4)  # B, C, T, H, W

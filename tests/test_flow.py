@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from problems import normal
 from scipy import stats
 from torch.autograd import gradcheck
 
 import gradsampler as gs
 from gradsampler import flow
+from support.problems import normal
 
 COUNT = 20_000
 LEAST_P = 1e-3  # the seeds are fixed, so this is no coin to be tossed anew

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from problems import normal
 from torch import nn
 
 import gradsampler as gs
 from gradsampler import gradient_flow
+from support.problems import normal
 
 SHAPE = (1, 2, 2, 8, 8)
 MODES = {"off": gs.noise.Off(), "sincos": gs.noise.SinCos()}

@@ -18,13 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from problems import Mixture, normal
 from torch import nn
 
 import gradsampler as gs
 from gradsampler.integrations import guided_diffusion as gd
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion, GuidanceWarning
 from gradsampler.iteration import iterate
+from support.problems import Mixture, normal
 
 MEANS = ("epsilon", "x0", "previous_x")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")

@@ -13,9 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton decides when it is imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-from leaps import Case, Leaps  # noqa: E402
-
 from gradsampler.kernels import leap as kernel  # noqa: E402
+from support.leaps import Case, Leaps  # noqa: E402
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from importlib import resources
 
 import pytest
 import torch
-from problems import normal
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 import gradsampler as gs
 from gradsampler import models
+from support.problems import normal
 
 FOLDER = resources.files("gradsampler.models")
 WEIGHTS = ("digits.safetensors", "digits_classifier.safetensors")

@@ -3,9 +3,9 @@
 
 import pytest
 import torch
-from leaps import F32, F64, I32, I64, Case, Leaps, kinds
 
 from gradsampler.ops import native
+from support.leaps import F32, F64, I32, I64, Case, Leaps, kinds
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from problems import normal
 from torch import nn
 
 import gradsampler as gs
 from gradsampler.ops import backends
+from support.problems import normal
 
 pytestmark = pytest.mark.skipif(
     not backends.present("cpu"), reason=f"extension: {backends.available()['cpu']}"

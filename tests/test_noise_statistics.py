@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from problems import Gaussian, normal
 
 import gradsampler as gs
 from gradsampler import noise as noises
+from support.problems import Gaussian, normal
 
 DATA = Gaussian(mean=0.0, std=0.5)
 Z0 = normal(32, 2048, seed=11, dtype=torch.float32)

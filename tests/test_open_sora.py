@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import normal
 from scipy import stats
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsampler as gs
 from gradsampler.integrations import open_sora
+from support.problems import normal
 
 ROOT = Path(__file__).parent.parent
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import scipy.stats
 import torch
-from problems import Gaussian, Mixture, normal
 from torch import nn
 
 import gradsampler as gs
+from support.problems import Gaussian, Mixture, normal
 
 LEVELS = gs.schedules.karras(5, sigma_min=0.1, sigma_max=6.0)
 SHAPE = (3, 2, 4)

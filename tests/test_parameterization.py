@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from problems import Gaussian, Mixture, normal
 from torch import nn
 
 import gradsampler as gs
 from gradsampler.parameterization import Prediction, model_dtype, parameterize
+from support.problems import Gaussian, Mixture, normal
 
 MIXTURE = Mixture(6)
 SHAPE = (3, 2, 3)

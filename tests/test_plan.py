@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from alive import Alive
 from test_gradients import leaf, normal
 from test_memory import Watched, no_collector
 from torch import nn
@@ -21,6 +20,7 @@ from gradsampler.memory import capacity
 from gradsampler.memory.planning.footprint import measured
 from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.planning.rehearsal import Rehearsal
+from support.alive import Alive
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
 STATE = 2**20

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import normal
 from torch import Tensor
 
 import gradsampler as gs
@@ -40,6 +39,7 @@ from gradsampler.parameterization import (
     Prediction,
 )
 from gradsampler.solvers import Solver
+from support.problems import normal
 
 SIZE = 2  # elements of the state
 F64 = torch.float64

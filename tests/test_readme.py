@@ -6,11 +6,11 @@ import re
 from functools import cache
 from pathlib import Path
 
-import problems
 import pytest
 import torch
 
 import gradsampler as gs
+from support import problems
 
 ROOT = Path(__file__).parents[1]
 

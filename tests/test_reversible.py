@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Gaussian, Mixture, normal
 from test_gradients import ABAR, Net, check, injections, leaf, levels, make_noise
 from test_memory import assert_close, gradients, no_collector
 from torch import nn
@@ -30,6 +29,7 @@ from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
+from support.problems import Gaussian, Mixture, normal
 
 SOLVER = "midpoint_reversible"
 KINDS = ("off", "sincos", "signed_roll", "philox", "mixture", "given")

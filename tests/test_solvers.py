@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from problems import Gaussian, Mixture, normal
 from scipy import integrate
 from torch import Tensor
 
@@ -24,6 +23,7 @@ import gradsampler as gs
 from gradsampler import noise as noises
 from gradsampler import solvers
 from gradsampler.solvers.exponential import phi1, phi2
+from support.problems import Gaussian, Mixture, normal
 
 
 @pytest.fixture(autouse=True, scope="module")
