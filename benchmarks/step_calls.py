@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import noise
+from gradsampler.noise import sources
 from gradsampler.noise.sources import Draw
 from gradsampler.ops import native
 
@@ -122,7 +123,7 @@ def backward(i: Inputs, with_compile: bool) -> dict[str, Call]:
     plain = (COEFS[0] * g, COEFS[1] * g)
     answer = (*plain, SCALE * i.slope() * g)
     calls = {}
-    given = Draw(noise.GIVEN, STEP, given=i.g)
+    given = Draw(sources.GIVEN, STEP, given=i.g)
     for name, draw in {"linear": given, **i.draws}.items():
         if name == "philox":
             continue  # nothing is pulled back through it

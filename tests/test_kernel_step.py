@@ -26,7 +26,7 @@ from gradsampler import noise  # noqa: E402
 from gradsampler.kernels import adjoint, step  # noqa: E402
 from gradsampler.kernels.philox import philox4x32  # noqa: E402
 from gradsampler.kernels.sincos import wave  # noqa: E402
-from gradsampler.noise import philox  # noqa: E402
+from gradsampler.noise import philox, sources  # noqa: E402
 
 INTERPRETED = DEVICE == "cpu"
 assert isinstance(tl.zeros, triton.JITFunction) != INTERPRETED, (
@@ -224,7 +224,7 @@ def test_second_output_is_the_scaled_and_cast_result():
 
 def test_given_noise():
     x, n = randn(2, 100), randn(2, 100, dtype=torch.float16)
-    draw = noise.Draw(noise.GIVEN, STEP, weight=0.5, given=n)
+    draw = sources.Draw(sources.GIVEN, STEP, weight=0.5, given=n)
     close(step.step_fwd([x], [0.5], None, draw, 0.8), 0.5 * x.double() + 0.4 * n.double())
 
 
@@ -348,7 +348,7 @@ def test_clamp_masks_the_terms_and_not_the_noise():
 
 def test_cotangent_of_given_noise():
     x, n, g = randn(2, 30), randn(2, 30, dtype=torch.float16), randn(2, 30)
-    draw = noise.Draw(noise.GIVEN, STEP, weight=0.5, given=n)
+    draw = sources.Draw(sources.GIVEN, STEP, weight=0.5, given=n)
     got = step.step_bwd(g, [x], [0.5], None, draw, 0.8, needs_terms=[False], needs_given=True)
     assert got.given.dtype == torch.float16
     close(got.given, 0.4 * g.double())
@@ -488,7 +488,7 @@ def test_every_roll_wraps_right():
     z0, zero = randn(2, 300), torch.zeros(2, 300, device=DEVICE)
     signs = philox.signs(2, 300, 4, 9, torch.device(DEVICE))
     for offset in (1, 2, 127, 128, 129, 256, 298, 299):
-        draw = noise.Draw(noise.SIGNED_ROLL, 4, seed=9, offset=offset)
+        draw = sources.Draw(sources.SIGNED_ROLL, 4, seed=9, offset=offset)
         got = step.step_fwd([zero], [0.0], z0, draw, 1.0, block=128)
         assert torch.equal(got, signs * z0.roll(offset, 1))
         dz0 = torch.zeros_like(z0)
@@ -500,7 +500,7 @@ def test_every_roll_wraps_right():
 def test_normals_are_the_same_for_any_block_size_and_tiling(dtype):
     zero = torch.zeros(3, 333, dtype=dtype, device=DEVICE)
     want = philox.normals(999, 5, 2**40 + 1, dtype, torch.device(DEVICE)).view(3, 333)
-    draw = noise.Draw(noise.OFF, 5, normal=1.0, normal_seed=2**40 + 1)
+    draw = sources.Draw(sources.OFF, 5, normal=1.0, normal_seed=2**40 + 1)
     whole, *others = [
         *(step.step_fwd([zero], [0.0], None, draw, 1.0, block=b) for b in (128, 256, 2048)),
         # Coefficients of each sample make tiles that start between two Philox blocks.
@@ -514,7 +514,7 @@ def test_normals_are_the_same_for_any_block_size_and_tiling(dtype):
 
 def test_normals_are_accurate_in_float32():
     zero = torch.zeros(1, 20000, device=DEVICE)
-    draw = noise.Draw(noise.OFF, 1, normal=1.0, normal_seed=3)
+    draw = sources.Draw(sources.OFF, 1, normal=1.0, normal_seed=3)
     got = step.step_fwd([zero], [0.0], None, draw, 1.0, block=4096)
     want = philox.normals(20000, 1, 3, torch.float64, torch.device(DEVICE))
     assert (got.double() - want).abs().max() < 1e-6
@@ -563,7 +563,7 @@ def test_sincos_is_accurate_in_every_dtype():
     # Without a fused multiply-add the reduced argument keeps the rounding of rate * z.
     for dtype, bound in ((torch.float32, 3e-5), (torch.float64, 2e-13)):
         z0 = torch.linspace(-4, 4, 3000, dtype=dtype, device=DEVICE)[None]
-        draw = noise.Draw(noise.SINCOS, 1, gain=0.0, rate=250.0, amplitude=1.0, phase=0.4)
+        draw = sources.Draw(sources.SINCOS, 1, gain=0.0, rate=250.0, amplitude=1.0, phase=0.4)
         got = step.step_fwd([z0], [0.0], z0, draw, 1.0)
         want = torch.sin(250.0 * z0.double() + 0.4)
         assert (got.double() - want).abs().max() < bound * (4 if INTERPRETED else 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradsampler import noise
+from gradsampler.noise import sources
 from gradsampler.ops import native, reference
 
 pytestmark = pytest.mark.skipif(
@@ -161,7 +162,7 @@ def test_sincos_over_the_whole_range(rate, dtype):
     for isa in native.isas():
         native.use_isa(isa)
         for phase in (0.0, 1.0, -3.0):
-            draw = noise.Draw(noise.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
+            draw = sources.Draw(sources.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
             got = native.step_fwd([z0], [0.0], z0, draw, 1.0)
             exact = torch.sin(rate * z0.double() + phase)
             # The oracle's argument rounds in float64; without fused multiply-add the kernel's

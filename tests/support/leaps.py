@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import noise
-from gradsampler.noise import philox
+from gradsampler.noise import philox, sources
 from gradsampler.ops.reference import fixed_point
 
 STEP, STEPS = 7, 20
@@ -146,7 +146,7 @@ def same_layout(x: Tensor) -> Tensor:
 
 def draw_of(kind: str, z0: Tensor):
     if kind == "given":
-        return noise.Draw(noise.GIVEN, STEP, given=z0.flip(0))
+        return sources.Draw(sources.GIVEN, STEP, given=z0.flip(0))
     return NOISES[kind].draw(z0, STEP, STEPS)
 
 
@@ -298,7 +298,7 @@ class Leaps:
             x = torch.full((2, 9), 1 / 3, dtype=F64 if wide == "term" else F32, device=device)
             z0 = torch.ones(2, 9, dtype=F64 if wide == "z0" else F32, device=device)
             given = torch.zeros(2, 9, dtype=F64, device=device) if wide == "given" else None
-            draw = None if given is None else noise.Draw(noise.GIVEN, 0, given=given)
+            draw = None if given is None else sources.Draw(sources.GIVEN, 0, given=given)
             carried = torch.zeros(2, 9, dtype=I64, device=device)
             overflow = torch.zeros(1, dtype=I32, device=device)
             settings = {
