@@ -77,7 +77,7 @@ class Drawn(NoiseSource):
         self._before: dict[int, RandomState] = {}
 
     @torch.no_grad()
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         now = RandomState(z0.device)
         if step not in self._before:
             self._before[step] = now
@@ -98,7 +98,9 @@ class Drawn(NoiseSource):
             return noise.to(z0.dtype)
         return ((self._x + amount * noise).to(z0.dtype) - self._x.to(z0.dtype)) / amount
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
         return Cotangent(None, {})
 
 

@@ -408,7 +408,7 @@ def _solved(
     if noise is None:
         noise = Drawn(x.detach(), amounts) if amounts else Off()
     else:
-        noise = _announced(noise, churn, amounts).prepare(z0, list(amounts))
+        noise = _announced(noise, churn, amounts).prepare(z0, program.noises)
     if callback_fns:
         on_device = levels.detach().to(x.device)
         model.callback = Callback(callback_fns, noise, amounts, z0.detach(), on_device)
