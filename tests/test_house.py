@@ -58,7 +58,6 @@ ALONE = {"kernels.*", "models.*"}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
 THIRD_PARTY = {
-    "memory.*": {"checkpoint_schedules"},
     "engine.*": {"tqdm"},
     "optimization.*": {"tqdm"},
     "models.*": {"safetensors"},
@@ -67,6 +66,7 @@ THIRD_PARTY = {
 }
 THIRD_PARTY_IN_FUNCTIONS = {
     "app.*": {"matplotlib"},
+    "memory.*": {"checkpoint_schedules"},
     "ops.*": {"triton"},
 }
 
