@@ -42,6 +42,7 @@ FLOORS = [
     "kernels.*",
     "noise.*",
     "parameterization schedules models.*",
+    "coordinates elementary",
     "_checks _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -61,6 +62,7 @@ THIRD_PARTY = {
     "engine.*": {"tqdm"},
     "optimization.*": {"tqdm"},
     "models.*": {"safetensors"},
+    "solvers.*": {"numpy"},
     "integrations.*": {"numpy", "tqdm"},
     "kernels.*": {"triton"},
 }

@@ -282,8 +282,14 @@ class Affine:
 class Denoised(NamedTuple):
     """A prediction that a solver made earlier in the run."""
 
-    sigma: Tensor  # 0-d
+    sigma: Coefficient
     value: Affine
+    state: Affine  # that it was made from
+
+    @property
+    def slope(self) -> Affine:
+        """dx/ds = (x - D)/s there."""
+        return (self.state - self.value) / self.sigma
 
 
 class Recorder:
@@ -293,6 +299,7 @@ class Recorder:
         self.num_steps = num_steps
         self.step = 0  # the current one; the solver's loop advances it
         self.predictions: list[Denoised] = []  # all so far, the latest last
+        self.coordinates = model.coordinates
         self._model = model
         self._numbers: list[Tensor] = []
         self._instructions: list[Instruction] = []
@@ -312,7 +319,7 @@ class Recorder:
         self._draws[self.step] += 1
         return Affine(noises={(self.step, draw): 1.0})
 
-    def denoise(self, x: Affine, sigma: Tensor) -> tuple[Affine, Affine]:
+    def denoise(self, x: Affine, sigma: Coefficient) -> tuple[Affine, Affine]:
         """Ends a stage at the state ``x`` and evaluates the model there.
 
         Returns:
@@ -320,7 +327,7 @@ class Recorder:
         """
         state = self._write(x)
         call = state.call
-        maps = self._model.preconditioning(sigma)
+        maps = self._model.preconditioning(torch.as_tensor(sigma, dtype=torch.float64))
         outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
         here = Affine({state: 1.0})
         denoised = here * maps.c_skip + Affine(dict(zip(outputs, maps.c_out, strict=True)))
@@ -336,18 +343,34 @@ class Recorder:
             )
         )
         self._evaluations += 1
-        self.predictions.append(Denoised(sigma, denoised))
+        self.predictions.append(Denoised(sigma, denoised, here))
         return here, denoised
 
-    def before(self, sigma: Tensor) -> Denoised | None:
+    def before(self, sigma: Coefficient) -> Denoised | None:
         """What the model predicted before the latest, for multistep methods.
 
         None in the first step, and where churn has raised the level ``sigma`` to that of the
         prediction or above: it would then lie on the wrong side.
         """
-        if len(self.predictions) < 2 or not self.predictions[-2].sigma > sigma * (1 + 1e-6):
-            return None
-        return self.predictions[-2]
+        return next(iter(self.history(sigma, 1)), None)
+
+    def history(self, sigma: Coefficient, count: int) -> list[Denoised]:
+        """What the model predicted before the latest, at levels that rise from ``sigma``.
+
+        Args:
+            sigma: the level of the latest.
+            count: how many predictions at most.
+
+        Returns:
+            The predictions, the later first.
+        """
+        found: list[Denoised] = []
+        for earlier in self.predictions[-2::-1][:count]:
+            if not earlier.sigma > sigma * (1 + 1e-6):
+                break
+            found.append(earlier)
+            sigma = earlier.sigma
+        return found
 
     def finish(self, x: Affine) -> Program:
         """Ends the last stage and returns the program."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.engine.replay import RandomState
@@ -40,8 +41,8 @@ class OpenChurn(Churn):
             return 0.0
         return min(self.s_churn / (num_steps + 1), math.sqrt(1.2) - 1)
 
-    def raised(self, run: Recorder, sigma: Tensor) -> tuple[Affine, Tensor]:
-        if self.idle and self.s_churn == 0 and self.s_tmin < sigma.item() < self.s_tmax:
+    def raised(self, run: Recorder, sigma: Coefficient) -> tuple[Affine, Coefficient]:
+        if self.idle and self.s_churn == 0 and self.s_tmin < as_float(sigma) < self.s_tmax:
             return 0.0 * run.noise(), sigma
         return super().raised(run, sigma)
 
