@@ -13,7 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_philox import (
+
+from gradsampler import noise
+from gradsampler.noise import sources
+from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
+from support.philox import (
     DTYPES,
     TOLERANCE,
     correlation,
@@ -21,10 +25,6 @@ from test_philox import (
     scalar_offset,
     scalar_sign,
 )
-
-from gradsampler import noise
-from gradsampler.noise import sources
-from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 
 N = 12  # steps of the runs below, unless a test says otherwise
 BIG_SEED = 2**40 + 3
