@@ -4,7 +4,9 @@
 The transposes are held to autograd and to finite differences of that noise.
 """
 
+import inspect
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -895,5 +897,44 @@ def test_the_sources_are_values():
 
 def test_public_names_are_pinned():
     assert sorted(noise.__all__) == [
-        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"
+        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos",
+        "names", "register", "resolve", "typical",
     ]  # fmt: skip
+
+
+# The registry
+
+
+def test_the_registry_has_every_source():
+    typical = noise.typical(normal((3, 7)), 2)
+    classes = {value for value in vars(noise).values() if inspect.isclass(value)} - {NoiseSource}
+    assert {type(source) for source in typical.values()} == classes
+    assert {type(noise.resolve(name)) for name in noise.names()} == classes - {Mixture, Given}
+
+
+@pytest.mark.parametrize("name", noise.names())
+def test_a_typical_source_has_no_parameter_at_its_default(name):
+    typical, default = noise.typical(normal((3, 7)), 2)[name], noise.resolve(name)
+    for field in vars(default):
+        assert getattr(typical, field) != getattr(default, field)
+
+
+def test_a_source_of_ones_own_is_registered_once(monkeypatch):
+    monkeypatch.setattr(noise.named, "_REGISTRY", dict(noise.named._REGISTRY))
+
+    @dataclass(frozen=True)
+    class Scaled(NoiseSource):
+        factor: float
+
+        def at(self, z0, step, num_steps):
+            return self.factor * z0
+
+    with pytest.raises(ValueError, match=r"typical must be given, as Scaled needs arguments"):
+        noise.register("scaled", Scaled)
+    noise.register("scaled", Scaled, lambda z0, n: Scaled(0.5))
+    assert noise.typical(normal((3, 7)), 2)["scaled"] == Scaled(0.5)
+    assert "scaled" not in noise.names()
+    with pytest.raises(ValueError, match=r"name must be new, got 'scaled'"):
+        noise.register("scaled", Scaled, lambda z0, n: Scaled(0.5))
+    with pytest.raises(ValueError, match=r"noise must be one of off, .*, got 'scaled'"):
+        noise.resolve("scaled")
