@@ -30,12 +30,12 @@ from gradsampler.memory import Reversible, reversible
 from support.alive import no_collector
 from support.gradients import assert_close, check, gradients
 from support.networks import Net
-from support.noises import injections, make_noise
+from support.noises import KINDS, injections, make_noise
 from support.problems import Gaussian, Mixture, normal
 from support.runs import ABAR, leaf, levels
+from support.tiers import pairs
 
 SOLVER = "midpoint_reversible"
-KINDS = ("off", "sincos", "signed_roll", "philox", "mixture", "given")
 SIGMAS = gs.schedules.karras(7, sigma_min=0.05, sigma_max=9.0)
 SHORT = torch.linspace(3.0, 0.5, 8, dtype=torch.float64)  # of a range that 32 bits hold
 TIMES = torch.linspace(0.98, 0.05, 7, dtype=torch.float64)
@@ -158,9 +158,9 @@ def test_stable_under_guidance(scale):
 @pytest.mark.parametrize("eta", [0.0, 0.05, math.sqrt(1.2) - 1])
 def test_spread_under_churn(eta, kind):
     """0.99 to 1.00 of the data's, which 10^5 numbers show to 0.002, up to Cosmos's cap."""
-    source = make_noise(kind, 0, None)[0] if eta else None
     churn = gs.Churn(100 * eta) if eta else None
     z0 = normal(100, 1000, seed=3, dtype=torch.float32)
+    source = make_noise(kind, 100, z0)[0] if eta else None
     with torch.no_grad():
         x = run(
             Gaussian().denoise, z0, gs.schedules.karras(100), "store", churn=churn, noise=source
@@ -171,10 +171,10 @@ def test_spread_under_churn(eta, kind):
 # Gradients.
 
 
-@pytest.mark.parametrize("churn", CHURNS.values(), ids=CHURNS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_target_under_churn(kind, churn):
+@pairs(kind=KINDS, churned=CHURNS)
+def test_every_target_under_churn(kind, churned):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
+    churn = CHURNS[churned]
     count = injections(z0.detach(), SIGMAS, solver=SOLVER, churn=churn)
     assert count > 0
     noise, tensors = make_noise(kind, count, z0)
@@ -187,7 +187,7 @@ def test_every_target_under_churn(kind, churn):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_target_under_ancestral_noise(dtype, kind):
     z0, shift, net = leaf(normal(2, 3, dtype=dtype)), leaf(normal(3, dtype=dtype)), Net(3, dtype)
-    noise, tensors = make_noise(kind, 7, z0, like=dtype)
+    noise, tensors = make_noise(kind, 7, z0)
     options = {"noise": noise, "eta": 0.7, "s_noise": 1.1, "cond": {"shift": shift}}
     inputs = [z0, shift, *net.parameters(), *tensors]
     # The network takes the sine of states up to 30, which float32 rounds by 2e-6.
@@ -247,8 +247,7 @@ def test_guidance_and_its_scale():
     assert_as_stored(inputs, lambda memory: run(guided, z0, SIGMAS, memory, **options))
 
 
-@pytest.mark.parametrize("kind", ["signed_roll", "sincos", "given"])
-@pytest.mark.parametrize("final", [0.4, 0.0], ids=["to-sigma_min", "to-zero"])
+@pairs(final=[0.4, 0.0], kind=KINDS)
 def test_central_differences(final, kind):
     z0, upper, shift, net = leaf(normal(2, 3)), leaf(SHORT[::2]), leaf(normal(3)), Net()
     noise, tensors = make_noise(kind, 4, z0)
@@ -305,7 +304,7 @@ LAYOUTS = {
 def test_strided_noise(kind, layout):
     z0 = LAYOUTS[layout](normal(2, 4, 5, 6)).detach().requires_grad_()
     plain = leaf(z0.contiguous())
-    options = {"noise": make_noise(kind, 0, None)[0], "churn": gs.Churn(1.0)}
+    options = {"noise": make_noise(kind, 7, z0)[0], "churn": gs.Churn(1.0)}
     net = Conv()
     got, expected = run(net, z0, **options), run(net, plain, memory="store", **options)
     assert_close(got.detach(), expected.detach())
@@ -353,11 +352,11 @@ def test_any_schedule_churn_and_noise(data):
     low, high = sorted(data.draw(st.tuples(st.floats(0, top), st.floats(0, top))))
     churn = gs.Churn(data.draw(st.floats(0.01, 5.0)), low, high)
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
-    kind = data.draw(st.sampled_from(KINDS[:-1]))
+    kind = data.draw(st.sampled_from(KINDS))
     z0, net = leaf(normal(2, 3, dtype=dtype)), Net(3, dtype)
     sigmas = levels(values)
     count = injections(z0.detach(), sigmas, solver=SOLVER, churn=churn)
-    options = {"churn": churn, "noise": make_noise(kind, 0, z0)[0]} if count else {}
+    options = {"churn": churn, "noise": make_noise(kind, count, z0)[0]} if count else {}
     # A short run from a small level has 20 bits of which the state takes few.
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     assert_as_stored([z0], lambda memory: run(net, z0, sigmas, memory, **options), tolerance)
@@ -405,7 +404,7 @@ def test_every_integer_comes_back(dtype, steps, kind, monkeypatch):
         sigmas, churn = torch.linspace(3.0, 1.0, steps + 1, dtype=torch.float64), 0.3
     z0, problem = leaf(normal(2, 6, dtype=torch.float32)), Mixture(6)
     options = {} if kind == "off" else {"churn": gs.Churn(churn)}
-    x = run(problem.denoise, z0, sigmas, noise=make_noise(kind, 0, None)[0], **options)
+    x = run(problem.denoise, z0, sigmas, noise=make_noise(kind, steps, z0)[0], **options)
     (gradient,) = gradients(x, [z0])
     assert gradient.isfinite().all()
     assert diary.dtypes == {dtype}
