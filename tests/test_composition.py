@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
-from support import loops
+from support import euler as by_hand
 from support.gradients import assert_close, gradients
 from support.problems import normal
 from support.runs import leaf
@@ -25,7 +25,7 @@ from support.strategies import STRATEGIES, replaying, strategies
 from support.tiers import pairs
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
-euler = partial(loops.euler, sigmas=SIGMAS)
+euler = partial(by_hand.euler, sigmas=SIGMAS)
 
 SIZE = 6
 

@@ -18,8 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import gradsampler as gs
 from support.alive import Watched, no_collector
+from support.euler import euler
 from support.gradients import assert_close, gradients
-from support.loops import euler
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal

@@ -15,9 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gradsampler as gs
 from gradsampler import memory as memories
@@ -27,6 +24,7 @@ from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
+from gradsampler.memory.planning.gauge import Live
 from support.alive import no_collector
 from support.gradients import assert_close, check, gradients
 from support.networks import Net
@@ -447,56 +445,33 @@ def test_samples_are_the_same_bits_in_every_mode():
 # What is kept.
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of the storages, of a size or more, that torch made since the start and that live."""
-
-    def __init__(self, least, *known):
-        super().__init__()
-        self.least, self.storages = least, {}
-        self.known = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.storages[reference.cdata] = (reference, storage.nbytes())
-        return result
-
-    def alive(self):
-        found = ((reference.expired(), size) for reference, size in self.storages.values())
-        return sum(size for expired, size in found if not expired and size >= self.least)
-
-
 @pytest.mark.parametrize("wrap", [lambda net: net, gs.EDM], ids=["plain", "EDM"])
 def test_two_integers_are_all_that_is_kept(wrap):
-    size = 4096
-    z0 = leaf(normal(1, size, dtype=torch.float32))
-    found = {}
+    z0 = leaf(normal(1, 4096, dtype=torch.float32))
+    state, found = 4 * 4096, {}  # in bytes: what is smaller, levels and sketches, is less than one
+    integers = 2 * 2  # of 64 bits
     for steps in (6, 24):
-        meter, seen = Meter(4 * size, z0), []
+        counter, seen = Live(), []
 
-        def denoise(x, sigma, meter=meter, seen=seen):
-            seen.append(meter.alive())
+        def denoise(x, sigma, counter=counter, seen=seen):
+            seen.append(counter.live // state)
             return torch.tanh(x)
 
-        with no_collector(), meter:
+        with no_collector(), counter:
             x = run(wrap(denoise), z0, gs.schedules.karras(steps), churn=gs.Churn(1.0))
-            between = meter.alive()
+            between = counter.live // state
             gradients(x, [z0])
-            after = meter.alive()
+            after = counter.live // state
         assert len(seen) == 2 * steps  # one call a step, in each direction
-        state, integers = 4 * size, 2 * 8 * size
         # Beside the integers: what the model is called with, and the state where that is another.
-        inputs = state if wrap is not gs.EDM else 2 * state
+        inputs = 1 if wrap is not gs.EDM else 2
         assert set(seen[1:steps]) == {integers + inputs}
-        assert between == integers + state  # the sample
-        assert after == state
+        assert between == integers + 1  # the sample
+        assert after == 1
         found[steps] = max(seen[steps:])
     assert found[6] == found[24]
     # Three cotangents of states and outputs, the sums of gradients, and the loss's own.
-    assert found[6] <= integers + inputs + 7 * state
+    assert found[6] <= integers + inputs + 7
 
 
 def test_calls_with_retained_graph():
