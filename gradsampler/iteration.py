@@ -18,7 +18,7 @@ from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Program, Recorder
 from gradsampler.engine.trajectory import GradientWarning
-from gradsampler.memory import Memory, Reversible, resolve
+from gradsampler.memory import Memory, resolve
 from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.sampling import integrate
 
@@ -102,11 +102,11 @@ def iterate(
     """
     x = _checks.batched("x", x)
     step_map = StepMap(step)
-    if isinstance(resolve(memory), Reversible):
+    if not resolve(memory).any_program:
         _checks.fail(
             "memory",
             "be a strategy for any step map",
-            "'reversible', which has to undo the steps",
+            f"{memory!r}, which has to undo the steps",
             "take memory='checkpoint'",
         )
     return integrate(
