@@ -70,16 +70,10 @@ def signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def words(step: int, normal_seed: int, sign_seed: int, offset: int) -> dict[str, int]:
-    """The integers of an injection as kernel arguments."""
-    return {
-        "step": signed(step),
-        "key0": signed(normal_seed),
-        "key1": signed(normal_seed >> 32),
-        "sign_key0": signed(sign_seed),
-        "sign_key1": signed(sign_seed >> 32),
-        "offset": offset,
-    }
+def words(step: int, normal_seed: int, sign_seed: int, offset: int) -> tuple[int, ...]:
+    """The integers of an injection as kernel arguments, in the order of ``kernels.noise``."""
+    normal = signed(normal_seed), signed(normal_seed >> 32)
+    return signed(step), *normal, signed(sign_seed), signed(sign_seed >> 32), offset
 
 
 def scalar(x: float | Tensor, compute: tl.dtype) -> tuple[Any, int]:
@@ -108,7 +102,7 @@ class Injection(NamedTuple):
     normal: bool  # whether it holds Philox normals
     source: Tensor | None  # z0 or the given tensor, whichever the kernel reads
     numbers: tuple[Any, ...]
-    words: dict[str, int]
+    words: tuple[int, ...]
 
 
 def injection(draw: Any, z0: Tensor | None, compute: tl.dtype) -> Injection:
