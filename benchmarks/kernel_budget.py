@@ -28,11 +28,11 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import triton
-from support import absent_gpu
-from support.absent_gpu import TARGETS
 
 from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
 from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+from support import absent_gpu
+from support.absent_gpu import TARGETS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_WARPS = 4  # Triton's default, which the launchers leave alone
@@ -158,6 +158,7 @@ CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
     ("flow_pair_fwd", _flow_pair_fwd, ("given", "philox")),
     ("flow_pair_bwd", _flow_pair_bwd, ("given",)),
 ]
+
 
 def _nvidia(compiled: Any) -> tuple[int, int, int, list[str]]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oldest versions that pyproject.toml promises, as pip takes them; for ``make test-oldest``.
 
-    python -P tests/oldest_versions.py          # torch==2.11 numpy==1.26 ...
+python -P tests/oldest_versions.py          # torch==2.11 numpy==1.26 ...
 """
 
 import re
