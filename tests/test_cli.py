@@ -453,7 +453,8 @@ CHILD = """
 import os, signal, sys
 
 import torch
-from gradsampler import cli, journal
+from gradsampler.app import cli
+from gradsampler.optimization import journal
 
 torch.set_num_threads(1)
 save, left = journal.Journal.save, int(sys.argv[2])

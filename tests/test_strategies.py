@@ -18,17 +18,6 @@ import weakref
 
 import pytest
 import torch
-from test_gradients import (
-    SOLVERS,
-    Net,
-    injecting,
-    injections,
-    leaf,
-    levels,
-    make_noise,
-    normal,
-)
-from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 
 import gradsampler as gs
@@ -36,6 +25,12 @@ from gradsampler.engine.program import Z0, Evaluation, Stage
 from gradsampler.memory import Offload, Revolve, Truncated, files, revolve
 from gradsampler.memory.host import Host, Pinned
 from gradsampler.parameterization import parameterize
+from support.alive import Watched, no_collector
+from support.gradients import assert_close, gradients
+from support.networks import Net
+from support.noises import injections, make_noise
+from support.problems import normal
+from support.runs import SOLVERS, injecting, leaf, levels
 
 SIGMAS = gs.schedules.karras(5, sigma_min=0.05, sigma_max=9.0)
 FOLDER = "folder"
@@ -853,8 +848,8 @@ def interpreted(program, model, z0, noise, first, shift):
             if not cut and isinstance(after, Evaluation) and after.step >= first > 0:
                 cut, x = True, x.detach()
                 slots = {slot: value.detach() for slot, value in slots.items()} | {Z0: z0}
-            for step, k in instruction.injections:
-                added = c[k] * noise.at(z0, step, program.num_steps)
+            for step, draw, k in instruction.injections:
+                added = c[k] * noise.at(z0, step, program.num_steps, draw)
                 x = x + (added if step >= first or first <= 0 else added.detach())
             slots[instruction.writes] = x
         else:
@@ -879,8 +874,8 @@ def test_truncated_against_an_interpreter(solver, kind, inner):
 
         def loop(first=first):
             program = method.program(sigmas, model, churn=options.get("churn"), final_denoise=False)
-            steps = list(dict.fromkeys(i.step for i in program.injections))
-            return interpreted(program, model, z0, noise.prepare(z0, steps), first, shift)
+            fitted = noise.prepare(z0, program.noises)
+            return interpreted(program, model, z0, fitted, first, shift)
 
         def run(steps=steps):
             cond, memory = {"shift": shift}, Truncated(steps, inner)
