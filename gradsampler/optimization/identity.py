@@ -35,9 +35,8 @@ class Identity:
 
     Example:
         >>> import torch
-        >>> network = torch.nn.Linear(2, 2, bias=False)
-        >>> sorted(Identity(lambda x, sigma: network(x)).lines)
-        ['', '.network', '.network.weight']
+        >>> Identity({"solver": "heun", "weight": torch.zeros(2)}).lines[".weight"]
+        'torch.float32 [2] af5570f5a1810b7a'
     """
 
     def __init__(self, value: object) -> None:
