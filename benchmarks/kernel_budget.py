@@ -30,8 +30,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gradsampler.contract import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
-from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

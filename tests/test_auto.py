@@ -11,13 +11,17 @@ from itertools import count
 
 import pytest
 import torch
-from test_gradients import SOLVERS, Net, injecting, injections, leaf, make_noise, normal
-from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.memory import capacity
+from support.alive import Watched, no_collector
+from support.gradients import assert_close, gradients
+from support.networks import Net
+from support.noises import injections, make_noise
+from support.problems import normal
+from support.runs import SOLVERS, injecting, leaf
 
 STEPS = 6
 SIGMAS = gs.schedules.karras(STEPS, sigma_min=0.05, sigma_max=9.0)

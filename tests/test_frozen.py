@@ -3,9 +3,6 @@
 
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import assert_close, gradients, no_collector
-from test_randomness import STRATEGIES, euler, strategies
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.memory import freeze
+from support.alive import no_collector
+from support.gradients import assert_close, gradients
+from support.loops import euler
+from support.problems import normal
+from support.runs import leaf
+from support.strategies import STRATEGIES, strategies
 
 BATCH, WIDTH, SIDE = 2, 8, 16
 STATE = BATCH * WIDTH * SIDE**2  # elements
@@ -180,9 +183,9 @@ def test_checkpoint_keeps_states_alone(prepare):
 @strategies
 def test_gradients_of_a_frozen_network(memory, tmp_path):
     z0, free, frozen = leaf(normal(*IMAGE)), network(), freeze(network())
-    (wanted,) = gradients(euler(lambda x, s: free(x), z0), [z0])
-    options = {"memory": STRATEGIES[memory](tmp_path)}
     sigmas = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
+    (wanted,) = gradients(euler(lambda x, s: free(x), z0, sigmas), [z0])
+    options = {"memory": STRATEGIES[memory](tmp_path)}
     got = gradients(gs.sample(lambda x, s: frozen(x), z0, sigmas, **options), [z0])
     assert_close(*got, wanted)
     assert all(p.grad is None for p in frozen.parameters())

@@ -50,7 +50,7 @@ sys.path.insert(0, sys.argv[1])
 import kernel_budget
 import torch
 from gradsampler.kernels import leap, step
-from gradsampler.noise.sources import SIGNED_ROLL, SINCOS, Draw
+from gradsampler.contract import SIGNED_ROLL, SINCOS, Draw
 
 x = torch.empty(2, 64)
 for kind in (SINCOS, SIGNED_ROLL):

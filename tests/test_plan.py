@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import Watched, no_collector
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +18,9 @@ from gradsampler.memory import capacity
 from gradsampler.memory.planning.footprint import measured
 from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.planning.rehearsal import Rehearsal
-from support.alive import Alive
+from support.alive import Alive, Watched, no_collector
+from support.problems import normal
+from support.runs import leaf
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
 STATE = 2**20

@@ -14,8 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gradients import ABAR, Net, check, injections, leaf, levels, make_noise
-from test_memory import assert_close, gradients, no_collector
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +27,12 @@ from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
+from support.alive import no_collector
+from support.gradients import assert_close, check, gradients
+from support.networks import Net
+from support.noises import injections, make_noise
 from support.problems import Gaussian, Mixture, normal
+from support.runs import ABAR, leaf, levels
 
 SOLVER = "midpoint_reversible"
 KINDS = ("off", "sincos", "signed_roll", "philox", "mixture", "given")

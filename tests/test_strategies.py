@@ -18,17 +18,6 @@ import weakref
 
 import pytest
 import torch
-from test_gradients import (
-    SOLVERS,
-    Net,
-    injecting,
-    injections,
-    leaf,
-    levels,
-    make_noise,
-    normal,
-)
-from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 
 import gradsampler as gs
@@ -36,6 +25,12 @@ from gradsampler.engine.program import Z0, Evaluation, Stage
 from gradsampler.memory import Offload, Revolve, Truncated, files, revolve
 from gradsampler.memory.host import Host, Pinned
 from gradsampler.parameterization import parameterize
+from support.alive import Watched, no_collector
+from support.gradients import assert_close, gradients
+from support.networks import Net
+from support.noises import injections, make_noise
+from support.problems import normal
+from support.runs import SOLVERS, injecting, leaf, levels
 
 SIGMAS = gs.schedules.karras(5, sigma_min=0.05, sigma_max=9.0)
 FOLDER = "folder"

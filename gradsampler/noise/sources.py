@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.contract import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.noise import philox
 
 __all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
@@ -34,28 +35,6 @@ class Cotangent(NamedTuple):
     z0: Tensor | None  # [B, *state], or None where the noise does not depend on z0
     tensors: dict[int, Tensor]  # by position in NoiseSource.tensors
 
-
-class Draw(NamedTuple):
-    """One injection as plain numbers, which is all that a kernel needs to know of it.
-
-    ``n = normal * N(normal_seed, step) + weight * f(z0)``, where ``kind`` names f.
-    """
-
-    kind: int  # OFF, SINCOS, SIGNED_ROLL or GIVEN
-    step: int  # the Philox counter's third word, `philox.counter` of the step and the draw
-    weight: float = 1.0
-    gain: float = 0.0  # sincos: f = gain * z0 + amplitude * sin(rate * z0 + phase)
-    rate: float = 0.0
-    amplitude: float = 0.0
-    phase: float = 0.0
-    seed: int = 0  # signed roll: seed of the signs
-    offset: int = 0  # signed roll: f[j] = sign[j] * z0[(j - offset) mod M]
-    normal: float = 0.0  # weight of the Philox normal
-    normal_seed: int = 0
-    given: Tensor | None = None  # f is this tensor
-
-
-OFF, SINCOS, SIGNED_ROLL, GIVEN = range(4)
 
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # its multiples fill the circle evenly and never repeat
 
