@@ -251,6 +251,20 @@ def test_no_file_is_called_utils(folder):
     assert not list((ROOT / folder).rglob("helper*.py"))
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.stem)
+def test_no_test_module_imports_another(path):
+    """What they share lies in tests/support/."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parts = {part for name in named for part in name.split(".")}
+    assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
+
+
 # ------------------------------------------------------------------ what is public
 
 PUBLIC = [

@@ -15,7 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_philox import (
+
+from gradsampler import contract, noise
+from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
+from support.philox import (
     DTYPES,
     TOLERANCE,
     correlation,
@@ -23,9 +26,6 @@ from test_philox import (
     scalar_offset,
     scalar_sign,
 )
-
-from gradsampler import contract, noise
-from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 
 N = 12  # steps of the runs below, unless a test says otherwise
 BIG_SEED = 2**40 + 3

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from test_gradients import leaf, levels, normal
 from torch.autograd import gradcheck
 
 import gradsampler as gs
+from support.problems import normal
+from support.runs import leaf, levels
 
 # Relative to the largest sum of magnitudes: rounding of a few operations and of the result.
 TOLERANCE = {
