@@ -412,7 +412,7 @@ def test_transformers_looks_for_a_package_of_that_name(installed, safe):
         "from transformers import CLIPTextModel\n"
         "from transformers.utils import is_kernels_available\n"
         "import importlib.metadata as metadata\n"
-        "assert is_kernels_available() == ('kernels' in metadata.packages_distributions())"
+        "assert is_kernels_available() <= ('kernels' in metadata.packages_distributions())"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     command = [sys.executable, *options, "-c", code]
