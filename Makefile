@@ -4,9 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The folder kernels/ must not hide an installed package of that name.
-export PYTHONSAFEPATH := 1
-
 .PHONY: demo test lint bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
