@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numpy.polynomial.legendre import leggauss
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, exp, log, sqrt
+from gradsampler.elementary import Coefficient, exp, log, sqrt, square
 from gradsampler.engine.program import Affine, Denoised, Recorder
 from gradsampler.solvers.adams import check_order
 from gradsampler.solvers.base import Solver
@@ -24,7 +24,7 @@ _NODES, _WEIGHTS = (array.tolist() for array in leggauss(32))
 
 def vp_time(rho: Coefficient) -> Coefficient:
     """The time at which that schedule has the noise-to-signal ratio rho."""
-    return (sqrt(_BETA_MIN**2 + 2 * _BETA_D * log(1 + rho**2)) - _BETA_MIN) / _BETA_D
+    return (sqrt(_BETA_MIN**2 + 2 * _BETA_D * log(1 + square(rho))) - _BETA_MIN) / _BETA_D
 
 
 @dataclass(frozen=True)
