@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: Triton's interpreter where there is no GPU, one thread a process."""
 
+import gc
 import os
 
 import pytest
@@ -13,3 +14,13 @@ torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+
+def pytest_collection_finish():
+    """What is there now stays to the end: the collector need not look at it in each test."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # modules in C look for leaks at the end

@@ -93,11 +93,12 @@ class Solver(ABC):
             churn: raises the level before each step.
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
         """
-        run = Recorder(model, len(sigmas) - 1)
-        x = self.steps(run, sigmas[0] * run.z0(), sigmas.unbind(), churn or Churn(0.0))
+        levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
+        run = Recorder(model, len(levels) - 1)
+        x = self.steps(run, levels[0] * run.z0(), levels, churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps
-            _, x = run.denoise(x, sigmas[-1])
+            _, x = run.denoise(x, levels[-1])
         return run.finish(x)
 
     def steps(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, sqrt
+from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
 
@@ -39,5 +39,5 @@ class Consistency(Solver):
         _, denoised = run.denoise(x, s)
         if t <= self.sigma_min:
             return run.coordinates.alpha(t) * denoised
-        up = sqrt(t**2 - self.sigma_min**2)
+        up = sqrt(square(t) - square(self.sigma_min))
         return run.coordinates.alpha(t) * denoised + self.s_noise * up * run.noise()

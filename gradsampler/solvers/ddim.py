@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, sqrt
+from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
 from gradsampler.solvers.exponential import epsilon, renoising_step
@@ -67,7 +67,7 @@ class DDPM(Solver):
         alpha = run.coordinates.alpha
         ratio = (t * alpha(s)) / (s * alpha(t))
         x = alpha(t) * denoised + t * ratio * epsilon(run, x, denoised, s)
-        up = t * sqrt(1 - ratio**2)
+        up = t * sqrt(1 - square(ratio))
         if self.variance == "fixed_large":
-            up = up * sqrt((1 + t**2) / (1 + s**2)) * s / t
+            up = up * sqrt((1 + square(t)) / (1 + square(s))) * s / t
         return x + self.s_noise * up * run.noise()

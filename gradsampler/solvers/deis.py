@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, log, sqrt
+from gradsampler.elementary import Coefficient, log, sqrt, square
 from gradsampler.engine.program import Affine, Denoised, Recorder
 from gradsampler.solvers.adams import check_order
 from gradsampler.solvers.base import Solver
@@ -20,7 +20,7 @@ _BETA_MIN = _TOP - _BETA_D / 2
 
 def vp_time(rho: Coefficient) -> Coefficient:
     """The time at which that schedule has the noise-to-signal ratio rho."""
-    return (sqrt(_BETA_MIN**2 + 2 * _BETA_D * log(1 + rho**2)) - _BETA_MIN) / _BETA_D
+    return (sqrt(_BETA_MIN**2 + 2 * _BETA_D * log(1 + square(rho))) - _BETA_MIN) / _BETA_D
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class DEIS(Solver):
         nodes = [vp_time(rho(p.sigma)) - vp_time(start) for p in points]
 
         def moment(k: int) -> Coefficient:
-            return integral(lambda u: (vp_time(u) - vp_time(start)) ** k, start, end)
+            return integral(
+                lambda u: math.prod([vp_time(u) - vp_time(start)] * k, start=1.0), start, end
+            )
 
         return interpolatory(nodes, [moment(k) for k in range(len(points))])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, exp, sqrt
+from gradsampler.elementary import Coefficient, exp, log, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.adams import check_order
 from gradsampler.solvers.base import Solver
@@ -16,7 +16,7 @@ from gradsampler.solvers.interpolation import integral
 
 def er_sde_5(rho: Coefficient) -> Coefficient:
     """The paper's choice of phi, ``rho * (e^(rho^0.3) + 10)``."""
-    return rho * (exp(rho**0.3) + 10)
+    return rho * (exp(exp(0.3 * log(rho))) + 10)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class ERSDE(Solver):
             out = out + alpha(t) * weight * change
         if len(past) > 1:
             moment = integral(lambda u: (u - start) / self.phi(u), start, end)
-            weight = h**2 / 2 - self.phi(end) * moment
+            weight = square(h) / 2 - self.phi(end) * moment
             before = rho(past[1].sigma)
             curvature = change - (past[0].value - past[1].value) / (rho(past[0].sigma) - before)
             out = out + alpha(t) * weight * (2 / (start - before)) * curvature
-        variance = end**2 - (start * ratio) ** 2
+        variance = square(end) - square(start * ratio)
         if variance > 0:
             out = out + self.s_noise * alpha(t) * sqrt(variance) * run.noise()
         return out

@@ -8,7 +8,7 @@ and where a state is noise alone, each of their steps has the first-order one as
 
 import math
 
-from gradsampler.elementary import Coefficient, as_float, exp, expm1, sqrt
+from gradsampler.elementary import Coefficient, as_float, exp, expm1, sqrt, square
 from gradsampler.engine.program import Affine, Denoised, Recorder
 
 # Below this the closed forms cancel; the Taylor series is then exact to rounding.
@@ -121,7 +121,7 @@ def renoising_step(
     x, clean = epsilon(run, x, denoised, s), alpha(t) * denoised
     if eta == 0:
         return clean + t * x
-    fresh = eta * sqrt(1 - ((t * alpha(s)) / (s * alpha(t))) ** 2)
+    fresh = eta * sqrt(1 - square((t * alpha(s)) / (s * alpha(t))))
     if fresh >= 1:
         return clean + s_noise * t * run.noise()
-    return clean + t * sqrt(1 - fresh**2) * x + s_noise * t * fresh * run.noise()
+    return clean + t * sqrt(1 - square(fresh)) * x + s_noise * t * fresh * run.noise()
