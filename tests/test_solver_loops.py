@@ -46,7 +46,7 @@ OPTIONS = {
     "dpmpp_2m_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"variant": "heun", "eta": 0.5}],
     "dpmpp_2s_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
     "dpmpp_3m_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}],
-    "dpmpp_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}, {"r": 0.3}],
+    "dpmpp_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"r": 0.3, "independent": True}],
     "er_sde": [{"order": 1}, {"order": 2}, {"s_noise": 0.8}, {"phi": square}],
     "euler_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
     "gradient_estimation": [{"gamma": 1.5}],

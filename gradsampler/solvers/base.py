@@ -62,6 +62,8 @@ class Solver(ABC):
 
     stochastic: ClassVar[bool] = False  # injects noise of its own
     flow: ClassVar[bool] = False  # also defined in flow time
+    ode_order: ClassVar[int | None] = None  # of convergence to the ODE, with eta = 0
+    weak_order: ClassVar[int | None] = None  # of the moments' convergence to those of the SDE
 
     @abstractmethod
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

@@ -45,6 +45,10 @@ class DEIS(Solver):
         check_order("deis", self.order)
         _checks.choice("deis: variable", self.variable, ("time", "rho", "log_rho"))
 
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return min(self.order, 3)
+
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         if at_an_end(run, s, t):

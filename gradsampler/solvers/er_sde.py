@@ -45,6 +45,14 @@ class ERSDE(Solver):
         if not callable(self.phi):
             _checks.fail_type("er_sde: phi", "be callable as phi(rho)", self.phi)
 
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return min(self.order, 2)
+
+    @property
+    def weak_order(self) -> int:  # type: ignore[override]
+        return self.ode_order
+
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         if at_an_end(run, s, t):

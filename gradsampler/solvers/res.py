@@ -42,6 +42,7 @@ class Res2AB(Solver):
     """
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -57,6 +58,7 @@ class Res2Mid(Solver):
     """Single-step form with the second point halfway in half log-SNR; Euler's step to level 0."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -71,6 +73,7 @@ class Res2MidStable(Solver):
     """The midpoint form that takes the D halfway for the whole step."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
