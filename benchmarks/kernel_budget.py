@@ -11,34 +11,29 @@ below that number is bound by memory.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from gradsampler.contract import GIVEN, MAX_TERMS, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
+from support import absent_gpu
+from support.absent_gpu import TARGETS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_WARPS = 4  # Triton's default, which the launchers leave alone
 
@@ -167,80 +162,6 @@ CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
     ("flow_pair_fwd", _flow_pair_fwd, ("given", "philox")),
     ("flow_pair_bwd", _flow_pair_bwd, ("given",)),
 ]
-KERNELS = [
-    step.step_fwd_kernel,
-    step.step_bwd_kernel,
-    adjoint.adjoint_step_kernel,
-    leap.leap_kernel,
-    ancestral.ancestral_step_fwd_kernel,
-    ancestral.ancestral_step_bwd_kernel,
-    flow_pair.flow_pair_fwd_kernel,
-    flow_pair.flow_pair_bwd_kernel,
-]
-
-
-class Launch(NamedTuple):
-    """A launch of a kernel, by the names of its arguments."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, Any]  # of the compiler
-
-
-@contextlib.contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Collects every launch instead of launching."""
-    launches: list[Launch] = []
-
-    def recorder(kernel: Any) -> Callable[..., None]:
-        def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            arguments = {name: bound.pop(name) for name in kernel.arg_names}
-            launches.append(Launch(kernel, arguments, bound))
-
-        return run
-
-    for kernel in KERNELS:
-        kernel.run = recorder(kernel)
-    try:
-        yield launches
-    finally:
-        for kernel in KERNELS:
-            del kernel.run
-
-
-POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
-    """The variant of ``kernel`` that a launch with these arguments would compile."""
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def describe(x: Any, path: tuple[int, ...], specialise: bool, constexpr: bool) -> Any:
-        if isinstance(x, tuple) and not constexpr:
-            # Triton specialises what is in a tuple whatever it was told.
-            return tuple(describe(y, (*path, i), True, False) for i, y in enumerate(x))
-        if constexpr or x is None or (specialise and isinstance(x, int) and x == 1):
-            constants[path] = x
-            return "constexpr"
-        if specialise and not isinstance(x, float) and (isinstance(x, torch.Tensor) or x % 16 == 0):
-            attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(x, torch.Tensor):
-            return POINTERS[x.dtype]
-        return "fp32" if isinstance(x, float) else "i32"
-
-    signature = {
-        p.name: describe(arguments[p.name], (i,), not p.do_not_specialize, p.is_constexpr)
-        for i, p in enumerate(kernel.params)
-    }
-    return ASTSource(kernel, signature, constants, attributes)
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, int, list[str]]:
@@ -292,16 +213,14 @@ def measure(name: str, arch: str, dtype: str, noise: str, run: Callable[..., int
     """Compiles one case for one architecture and reads its machine code."""
     target = TARGETS[arch]
     launch.WARP = target.warp_size
-    with recorded_launches() as launches:
+    with absent_gpu.recorded() as calls:
         traffic = run(noise, DTYPES[dtype])
-    ((kernel, arguments, options),) = launches
-    compiled = triton.compile(
-        source(kernel, arguments), target=target, options={"num_warps": NUM_WARPS, **options}
-    )
+    (call,) = calls
+    compiled = absent_gpu.compiled(call, arch)
     registers, stack, spills, code = (_amd if target.backend == "hip" else _nvidia)(compiled)
     loads = [_width(c) for c in code if re.match(r"LDG|(global|buffer)_load", c)]
     stores = [_width(c) for c in code if re.match(r"STG|(global|buffer)_store", c)]
-    elements = arguments["BLOCK"] / (NUM_WARPS * target.warp_size)
+    elements = call.options["BLOCK"] / (NUM_WARPS * target.warp_size)
     return Row(
         name, arch, dtype, noise, registers, stack, spills, min(loads, default=0), min(stores),
         round(len(code) / elements, 2), traffic, round(traffic * LANE_INSTRUCTIONS_A_BYTE, 1),

@@ -3,6 +3,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ pytest.register_assert_rewrite("support")
 
 # Tensors are tiny here: a second thread costs more than it brings, and two processes run at once.
 torch.set_num_threads(1)
+
+RECORDER = pytest.StashKey()
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -24,3 +27,16 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()  # modules in C look for leaks at the end
+
+
+def pytest_sessionstart(session):
+    folder = os.environ.get("GRADSAMPLER_VARIANTS")
+    if folder:  # for another Triton to compile, see `make test-oldest`
+        from support import variants
+
+        session.stash[RECORDER] = variants.Recorder(Path(folder))
+
+
+def pytest_sessionfinish(session):
+    if RECORDER in session.stash:
+        session.stash[RECORDER].write()
