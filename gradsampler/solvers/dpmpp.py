@@ -20,7 +20,7 @@ from gradsampler.solvers.exponential import (
 
 @dataclass(frozen=True)
 class DPMpp2M(Solver):
-    """DPM-Solver++(2M) (algorithm 2); first order on the first step and on a step to level 0."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); of first order at both ends."""
 
     flow = True
     ode_order = 2

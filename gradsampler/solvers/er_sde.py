@@ -21,7 +21,7 @@ def er_sde_5(rho: Coefficient) -> Coefficient:
 
 @dataclass(frozen=True)
 class ERSDE(Solver):
-    """ER-SDE-Solver-1 to 3 (Cui et al. 2023, arXiv 2309.06169, equations 14 to 16).
+    """ER-SDE-Solver-3, or 2 or 1 (Cui et al. 2023, arXiv 2309.06169, equations 14 to 16).
 
     It works in rho = sigma/alpha. The integrals over 1/phi are exact to about 1e-12, where the
     authors' code and ComfyUI's sum 200 terms.

@@ -47,7 +47,7 @@ class Midpoint(Solver):
 
 @dataclass(frozen=True)
 class DPM2(Solver):
-    """k-diffusion's dpm_2: the midpoint method with the midpoint sqrt(s t)."""
+    """The midpoint method with the midpoint sqrt(s t), k-diffusion's dpm_2."""
 
     flow = True
     ode_order = 2
