@@ -63,6 +63,8 @@ class Solver(ABC):
     stochastic: ClassVar[bool] = False  # injects noise of its own
     flow: ClassVar[bool] = False  # also defined in flow time
     monotone: ClassVar[bool] = True  # needs levels that decrease strictly
+    ode_order: ClassVar[int | None] = None  # of convergence to the ODE, with eta = 0
+    weak_order: ClassVar[int | None] = None  # of the moments' convergence to those of the SDE
 
     @abstractmethod
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
