@@ -14,7 +14,10 @@ import gradsampler as gs
 from gradsampler.contract import MAX_TERMS
 from gradsampler.ops import backends
 from support.native_devices import DEVICES
+from support.noises import KINDS, injections, make_noise
 from support.problems import normal
+from support.runs import SOLVERS
+from support.tiers import pairs
 
 pytestmark = pytest.mark.skipif(
     not backends.present("cpu"), reason=f"extension: {backends.available()['cpu']}"
@@ -22,14 +25,6 @@ pytestmark = pytest.mark.skipif(
 
 F64, F32 = torch.float64, torch.float32
 STEPS, SHAPE = 4, (3, 5, 7)
-NOISES = {
-    "off": gs.noise.Off(),
-    "sincos": gs.noise.SinCos(),
-    "signed_roll": gs.noise.SignedRoll(2**63 + 1),
-    "philox": gs.noise.Philox(4),
-    "mixture": gs.noise.Mixture(gs.noise.SignedRoll(3), 0.7, 5),
-    "given": None,
-}
 
 
 class Net(nn.Module):
@@ -63,22 +58,21 @@ def gradients(solver, name, memory, dtype, backend, device):
 
     net, z0, shift = Net(dtype).to(device), leaf(*SHAPE, seed=1), leaf(7, seed=2)
     sigmas = gs.schedules.karras(STEPS, 0.1, 5.0).requires_grad_()
-    given = [leaf(*SHAPE, seed=20 + k) for k in range(STEPS)]
-    source = NOISES[name] or gs.noise.Given(given)
     # None is for a solver with noise of its own.
     churn = None if gs.solvers.resolve(solver).stochastic else gs.Churn(2.0)
+    options = {"solver": solver, "churn": churn, "eta": 0.5 if solver == "ddim" else None}
+    count = injections(z0.detach(), sigmas.detach(), **options)
+    source, tensors = make_noise(name, count, z0)
     x = gs.sample(
-        net, z0, sigmas, solver=solver, noise=source, churn=churn, memory=memory,
-        eta=0.5 if solver == "ddim" else None, cond={"shift": shift}, backend=backend,
+        net, z0, sigmas, noise=source, memory=memory, cond={"shift": shift}, backend=backend,
+        **options,
     )  # fmt: skip
-    leaves = [z0, sigmas, net.weight, shift, *given]
+    leaves = [z0, sigmas, net.weight, shift, *tensors]
     loss = (x * leaf(*SHAPE, seed=3).detach()).sum()
     return x.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-@pytest.mark.parametrize("memory", ["store", "checkpoint"])
-@pytest.mark.parametrize("name", NOISES)
-@pytest.mark.parametrize("solver", gs.solvers.names())
+@pairs(costly=False, solver=SOLVERS, name=KINDS, memory=["store", "checkpoint"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_and_its_gradients_agree_with_the_reference(device, solver, name, memory):
     for dtype, tolerance in ((F64, 1e-12), (F32, 1e-5)):
