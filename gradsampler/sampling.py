@@ -125,8 +125,9 @@ def integrate(
     check_finite: bool = False,
 ) -> Tensor:
     """Runs a recorded program; the arguments are those of `sample`."""
-    if z0.is_inference() and not torch.is_inference_mode_enabled():
-        z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
+    if z0.is_meta:
+        _checks.fail("z0", "hold values", "a tensor on the device meta")
+    z0 = _checks.savable(z0)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
     strategy = memories.resolve(memory)

@@ -40,6 +40,9 @@ class GradientWarning(UserWarning):
         )
         self.step = step
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step,)  # the text is made anew: pickles go between processes
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -221,7 +224,7 @@ class Trajectory:
             )
         for output in outputs:
             name = f"denoiser: the output at step {evaluation.step}"
-            _checks.shape(name, _checks.floating(name, output), x.shape)
+            _checks.shape(name, _checks.prediction(name, output), x.shape)
             _checks.device(name, output, x.device)
         return outputs
 
