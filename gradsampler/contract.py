@@ -29,7 +29,7 @@ class Draw(NamedTuple):
     """
 
     kind: int  # OFF, SINCOS, SIGNED_ROLL or GIVEN
-    step: int  # the Philox counter's third word: `philox.counter` of the step and the draw
+    step: int  # the Philox counter's third word, `philox.counter` of the step and the draw
     seed: int = 0  # signed roll: seed of the signs
     offset: int = 0  # signed roll: f[j] = sign[j] * z0[(j - offset) mod M]
     normal_seed: int = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradsampler.contract import SIGNED_ROLL, SINCOS, Draw
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import LAST, NONE, coefficient, pull_back, read, tile, write
 
 
@@ -50,6 +51,7 @@ def adjoint_step_tile(
                   KIND, BLOCK, COMPUTE)  # fmt: skip
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def adjoint_step_kernel(
     lams, a, g, g_scale, b, source, numbers, noise_coef, lam, mu, dz0, size, count,
@@ -136,9 +138,9 @@ def adjoint_step(
     t = launch.tiling(order, per_sample, block)
     if t.programs:
         with launch.on_device(lam):
-            adjoint_step_kernel[(t.programs,)](
-                tuple(parts), ca, g, cg, cb, source, inject.numbers, s, lam, mu,
-                buffer, t.size, t.count, **inject.words,
+            adjoint_step_kernel(
+                t.programs, tuple(parts), ca, g, cg, cb, source, inject.numbers, s, lam, mu,
+                buffer, t.size, t.count, *inject.words,
                 KIND=inject.kind, A_STRIDE=a_stride, B_STRIDE=b_stride, G_STRIDE=g_stride,
                 NOISE_STRIDE=noise_stride, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradsampler.contract import FlowPairGrads
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import BY_FOUR, NONE, number, read, tile, write
 from gradsampler.kernels.philox import normals, normals_of
 
@@ -38,6 +39,7 @@ def noise_end(
         return n.to(DTYPE).to(COMPUTE)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def flow_pair_fwd_kernel(
     x0, x1, t, keep, normal_low, normal_high, x_t, v, size, count,
@@ -57,6 +59,7 @@ def flow_pair_fwd_kernel(
     write(v, base + j, kept * end - data, mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def flow_pair_bwd_kernel(
     gx, gv, x0, x1, t, keep, normal_low, normal_high, dx0, dx1, partial, size, count,
@@ -119,8 +122,8 @@ def flow_pair_fwd(
     tiles = launch.tiling(x0, True, block)
     if tiles.programs:
         with launch.on_device(x0):
-            flow_pair_fwd_kernel[(tiles.programs,)](
-                x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
+            flow_pair_fwd_kernel(
+                tiles.programs, x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
                 launch.signed(seed), launch.signed(seed >> 32), x_t, v, tiles.size, tiles.count,
                 NORMAL=launch.normals_kind(x1 is None, tiles.size, True), MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
@@ -165,10 +168,10 @@ def flow_pair_bwd(
     partial = torch.empty(1, tiles.programs, dtype=dtype, device=x0.device) if needs_t else None
     if tiles.programs:
         with launch.on_device(x0):
-            flow_pair_bwd_kernel[(tiles.programs,)](
-                gx, gv, x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
-                launch.signed(seed), launch.signed(seed >> 32), dx0, dx1, partial,
-                tiles.size, tiles.count,
+            flow_pair_bwd_kernel(
+                tiles.programs, gx, gv, x0, x1, t.contiguous(),
+                launch.numbers([1.0 - sigma_min], compute), launch.signed(seed),
+                launch.signed(seed >> 32), dx0, dx1, partial, tiles.size, tiles.count,
                 NORMAL=launch.normals_kind(draws, tiles.size, True), MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip

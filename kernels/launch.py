@@ -73,16 +73,11 @@ def signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def words(draw: Draw) -> dict[str, int]:
-    """The integers of an injection as kernel arguments."""
-    return {
-        "step": signed(draw.step),
-        "seed_low": signed(draw.seed),
-        "seed_high": signed(draw.seed >> 32),
-        "offset": draw.offset,
-        "normal_low": signed(draw.normal_seed),
-        "normal_high": signed(draw.normal_seed >> 32),
-    }
+def words(draw: Draw) -> tuple[int, ...]:
+    """The integers of an injection as kernel arguments, in the order of ``kernels.noise``."""
+    step, offset = signed(draw.step), draw.offset
+    seed = signed(draw.seed), signed(draw.seed >> 32)
+    return step, *seed, offset, signed(draw.normal_seed), signed(draw.normal_seed >> 32)
 
 
 def scalar(x: float | Tensor, compute: tl.dtype) -> tuple[Any, int]:
@@ -111,7 +106,7 @@ class Injection(NamedTuple):
     normal: bool  # whether it holds Philox normals
     source: Tensor | None  # z0 or the given tensor, whichever the kernel reads
     numbers: tuple[Any, ...]
-    words: dict[str, int]
+    words: tuple[int, ...]
 
 
 def injection(draw: Draw | None, z0: Tensor | None, compute: tl.dtype) -> Injection:

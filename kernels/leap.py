@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradsampler.contract import SIGNED_ROLL, Draw
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import LAST, NONE, inject, number, read, tile, write
 
 
@@ -66,6 +67,7 @@ def leap_tile(
             write(model_in, base + j, y.to(STATE) * number(model_scale[0], STATE), mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=[*launch.UNSPECIALISED, "sign"])
 def leap_kernel(
     carried, terms, coefs, source, numbers, noise_coef, sign, overflow, scale, state, model_scale,
@@ -145,12 +147,12 @@ def leap(
     model_in = launch.like(integers, model_dtype or out_dtype) if scales else None
     if t.programs:
         with launch.on_device(integers):
-            leap_kernel[(t.programs,)](
-                integers, tuple(parts), launch.numbers(coefs, compute), source, inject_.numbers,
-                launch.numbers((noise_coef,), compute), sign, overflow,
+            leap_kernel(
+                t.programs, integers, tuple(parts), launch.numbers(coefs, compute), source,
+                inject_.numbers, launch.numbers((noise_coef,), compute), sign, overflow,
                 launch.numbers((scale,), shown), state,
                 launch.numbers((1.0 if model_scale is None else model_scale,), shown),
-                model_in, t.size, t.count, **inject_.words,
+                model_in, t.size, t.count, *inject_.words,
                 KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
                 PER_SAMPLE=per_sample, MASK=t.mask, COMPUTE=compute, STATE=shown, BLOCK=block,
                 enable_fp_fusion=False,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradsampler.contract import GIVEN, SIGNED_ROLL, SINCOS, Draw, StepGrads
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import (
     LAST,
     NONE,
@@ -67,6 +68,7 @@ def step_fwd_tile(
         write(model_in, base + j, number(model_scale[0], COMPUTE) * x, mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def step_fwd_kernel(
     terms, coefs, source, numbers, noise_coef, bounds, model_scale, out, model_in, size, count,
@@ -95,7 +97,8 @@ def step_bwd_tile(
     g, terms, coefs, source, numbers, words, noise_coef, bounds, dterms, dz0, partial,
     sample, first, size, mask,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
-    DCOEFS: tl.constexpr, DNOISE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PLACES: tl.constexpr, DCOEFS: tl.constexpr, DNOISE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backward of the elements ``first`` .. of one sample."""
     base = sample * size
@@ -107,9 +110,8 @@ def step_bwd_tile(
         inside = (x >= number(bounds[0], COMPUTE)) & (x <= number(bounds[1], COMPUTE))
         inner = tl.where(inside, cot, 0.0)
     for k in tl.static_range(len(dterms)):
-        if dterms[k] is not None:
-            c = coefficient(coefs, k, sample, STRIDE, COMPUTE)
-            write(dterms[k], base + j, c * inner, mask)
+        c = coefficient(coefs, PLACES[k], sample, STRIDE, COMPUTE)
+        write(dterms[k], base + j, c * inner, mask)
     if dz0 is not None:
         s = coefficient(noise_coef, 0, sample, NOISE_STRIDE, COMPUTE)
         pull_back(dz0, cot, s, source, numbers, words, j, base, sample, first, size, mask,
@@ -120,21 +122,25 @@ def step_bwd_tile(
             product = read(terms[k], base + j, mask, COMPUTE) * inner
             tl.store(row + tl.program_id(0), tl.sum(product, 0))
     if DNOISE:
-        row = partial + DCOEFS * len(dterms) * tl.num_programs(0).to(tl.int64)
+        row = partial + DCOEFS * len(terms) * tl.num_programs(0).to(tl.int64)
         n = inject(tl.zeros([BLOCK], COMPUTE), 1.0, source, numbers, words, j, base, sample,
                    first, size, mask, KIND, NORMAL, BLOCK, COMPUTE)  # fmt: skip
         tl.store(row + tl.program_id(0), tl.sum(n * cot, 0))
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def step_bwd_kernel(
     g, terms, coefs, source, numbers, noise_coef, bounds, dterms, dz0, partial, size, count,
     step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
-    DCOEFS: tl.constexpr, DNOISE: tl.constexpr, PER_SAMPLE: tl.constexpr, MASK: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PLACES: tl.constexpr, DCOEFS: tl.constexpr, DNOISE: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of BLOCK elements; ``partial`` [rows, programs] takes its sums."""
+    """One program a tile of BLOCK elements; ``partial`` [rows, programs] takes its sums.
+
+    ``dterms`` are those that are asked for, of the terms PLACES: old Tritons know no None there.
+    """
     sample, first = tile(count, BLOCK, PER_SAMPLE)
     words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
@@ -143,11 +149,12 @@ def step_bwd_kernel(
     if whole:
         step_bwd_tile(g, terms, coefs, source, numbers, words, noise_coef, bounds, dterms, dz0,
                       partial, sample, first, size, None, KIND, NORMAL, STRIDE, NOISE_STRIDE,
-                      DCOEFS, DNOISE, COMPUTE, BLOCK)  # fmt: skip
+                      PLACES, DCOEFS, DNOISE, COMPUTE, BLOCK)  # fmt: skip
     else:
         step_bwd_tile(g, terms, coefs, source, numbers, words, noise_coef, bounds, dterms, dz0,
                       partial, sample, first, size, first + tl.arange(0, BLOCK) < size, KIND,
-                      NORMAL, STRIDE, NOISE_STRIDE, DCOEFS, DNOISE, COMPUTE, BLOCK)  # fmt: skip
+                      NORMAL, STRIDE, NOISE_STRIDE, PLACES, DCOEFS, DNOISE, COMPUTE,
+                      BLOCK)  # fmt: skip
 
 
 def step_fwd(
@@ -201,11 +208,11 @@ def step_fwd(
     t = launch.tiling(parts[0], per_sample, block)
     if t.programs:
         with launch.on_device(result):
-            step_fwd_kernel[(t.programs,)](
-                tuple(parts), c, source, inject_.numbers, s,
+            step_fwd_kernel(
+                t.programs, tuple(parts), c, source, inject_.numbers, s,
                 launch.numbers(clamp or (), compute),
                 launch.numbers(() if model_scale is None else (model_scale,), compute),
-                result, model_in, t.size, t.count, **inject_.words,
+                result, model_in, t.size, t.count, *inject_.words,
                 KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
                 STRIDE=stride, NOISE_STRIDE=noise_stride, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,
@@ -267,10 +274,11 @@ def step_bwd(
         [g, source, dz0, *(terms if reads else ())],
         elementwise=not (per_sample or normal),
     )
-    dterms = tuple(
+    dterms = [
         launch.like(cot, x.dtype) if need else None
         for x, need in zip(terms, needs_terms, strict=True)
-    )
+    ]
+    places = tuple(k for k, x in enumerate(dterms) if x is not None)
     dgiven = launch.like(cot, inject_.source.dtype) if given else None
     t = launch.tiling(cot, per_sample, block)
     rows = len(terms) * needs_coefs + needs_noise_coef
@@ -278,12 +286,12 @@ def step_bwd(
     partial = torch.empty(rows, t.programs, dtype=dtype, device=g.device) if rows else None
     if t.programs and (rows or pulls or given or any(needs_terms)):
         with launch.on_device(g):
-            step_bwd_kernel[(t.programs,)](
-                cot, tuple(parts), c, source, inject_.numbers, s,
-                launch.numbers(clamp or (), compute), dterms, dgiven if given else buffer,
-                partial, t.size, t.count, **inject_.words,
+            step_bwd_kernel(
+                t.programs, cot, tuple(parts), c, source, inject_.numbers, s,
+                launch.numbers(clamp or (), compute), tuple(x for x in dterms if x is not None),
+                dgiven if given else buffer, partial, t.size, t.count, *inject_.words,
                 KIND=kind, NORMAL=launch.normals_kind(normal, t.size, per_sample),
-                STRIDE=stride, NOISE_STRIDE=noise_stride, DCOEFS=needs_coefs,
+                STRIDE=stride, NOISE_STRIDE=noise_stride, PLACES=places, DCOEFS=needs_coefs,
                 DNOISE=needs_noise_coef, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
@@ -296,4 +304,4 @@ def step_bwd(
             dcoefs = sums[: len(terms)].t() if stride > 0 else sums[: len(terms)].sum(1)
         if needs_noise_coef:
             dnoise = sums[-1] if noise_stride > 0 else sums[-1].sum()
-    return StepGrads(list(dterms), dcoefs, dnoise, dgiven)
+    return StepGrads(dterms, dcoefs, dnoise, dgiven)

@@ -17,14 +17,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
-from support import loops
+from support import euler as by_hand
 from support.gradients import assert_close, gradients
 from support.problems import normal
 from support.runs import leaf
 from support.strategies import STRATEGIES, replaying, strategies
+from support.tiers import pairs
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
-euler = partial(loops.euler, sigmas=SIGMAS)
+euler = partial(by_hand.euler, sigmas=SIGMAS)
 
 SIZE = 6
 
@@ -144,12 +145,11 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@strategies
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pairs(solver=["euler", "heun"], memory=STRATEGIES)
 @compiling
 def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
     net = Layers()
-    expected = run(strategy("store", None, solver), net)
+    expected = run(strategy("store", tmp_path, solver), net)
     if solver == "euler":
         assert_all_close(expected, run(euler, net))
     counter = CompileCounterWithBackend("aot_eager")
@@ -172,7 +172,7 @@ def test_a_denoiser_compiled_to_machine_code(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     net = Layers(dtype=torch.float32)
     compiled, expected = torch.compile(net), run(euler, net, torch.float32)
-    for memory in ("checkpoint", "two levels"):
+    for memory in ("checkpoint", "revolve:1+2 to a folder"):
         assert_all_close(run(strategy(memory, tmp_path), compiled, torch.float32), expected, 1e-5)
 
 

@@ -9,10 +9,11 @@ import torch
 import gradsampler as gs
 from support.gradients import check
 from support.networks import Net
-from support.noises import NOISES, injections, make_noise
+from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import ABAR, LEVELS, injecting, leaf, levels, solvers
-from support.strategies import memories
+from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels, solvers
+from support.strategies import MEMORIES, memories
+from support.tiers import pairs
 
 FLOW_SOLVERS = gs.solvers.names(flow=True)
 TIMES = (0.95, 0.6, 0.35, 0.1)
@@ -20,9 +21,7 @@ TIMES = (0.95, 0.6, 0.35, 0.1)
 # Central differences at 1e-5 err by about 1e-10, from the third derivative and from rounding.
 
 
-@memories
-@pytest.mark.parametrize("kind", NOISES)
-@solvers
+@pairs(solver=SOLVERS, kind=KINDS, memory=MEMORIES)
 def test_every_target_at_once(solver, kind, memory):
     z0, upper, shift, net = leaf(normal(2, 3)), leaf(levels(LEVELS[:-1])), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver}
@@ -206,7 +205,7 @@ def test_with_churn_in_a_window(memory):
     z0, sigmas, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), Net()
     churn = gs.Churn(0.8, s_tmin=0.5, s_tmax=2.0, s_noise=0.9)
     assert injections(z0.detach(), sigmas.detach(), churn=churn) == 2
-    for kind in NOISES:
+    for kind in KINDS:
         noise, tensors = make_noise(kind, 2, z0)
         check(
             lambda noise=noise: gs.sample(

@@ -18,13 +18,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import gradsampler as gs
 from support.alive import Watched, no_collector
+from support.euler import euler
 from support.gradients import assert_close, gradients
-from support.loops import euler
 from support.networks import Net
-from support.noises import NOISES, injections, make_noise
+from support.noises import KINDS, injections, make_noise
 from support.problems import normal
 from support.runs import LEVELS, SOLVERS, injecting, leaf, levels
 from support.strategies import memories
+from support.tiers import pairs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative, in the L2 norm
 SIGMAS = levels(LEVELS)
@@ -44,15 +45,13 @@ def assert_same_gradients(output, expected, inputs, tolerance=1e-12):
 # Agreement of the strategies.
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pairs(costly=False, solver=SOLVERS, kind=KINDS, dtype=TOLERANCE)
 def test_strategies_agree_on_every_target(solver, kind, dtype):
     z0, net = leaf(normal(4, 5, dtype=dtype)), Net(size=5, dtype=dtype)
     sigmas, shift = leaf(MANY), leaf(normal(5, dtype=dtype))
     options = injecting(solver) | {"solver": solver}
     count = injections(z0.detach(), sigmas.detach(), **options)
-    noise, tensors = make_noise(kind, count, z0, like=dtype)
+    noise, tensors = make_noise(kind, count, z0)
     inputs = [z0, shift, *net.parameters(), *tensors]
     store, checkpoint = (
         gs.sample(net, z0, sigmas, noise=noise, cond={"shift": shift}, memory=memory, **options)

@@ -8,6 +8,7 @@ import torch
 
 from gradsampler import contract, noise
 from gradsampler.ops import native
+from support.native_devices import DEVICES, default
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -17,10 +18,16 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 
 
-@pytest.fixture(params=native.isas(), autouse=True)
-def _isa(request):
-    native.use_isa(request.param)
-    yield
+# The CPU by each of its instruction sets, and a GPU.
+PLACES = [*(("cpu", isa) for isa in native.isas()), *(("cuda", "") for d in DEVICES if d == "cuda")]
+
+
+@pytest.fixture(params=PLACES, autouse=True, ids="-".join)
+def _place(request):
+    device, isa = request.param
+    native.use_isa(isa or native.isas()[0])
+    with default(device):
+        yield
     native.use_isa(native.isas()[0])
 
 

@@ -9,6 +9,7 @@ import torch
 from gradsampler import contract, noise
 from gradsampler.contract import MAX_TERMS
 from gradsampler.ops import native, reference
+from support.native_devices import DEVICES, default
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -39,11 +40,12 @@ SHAPES = [(1, 2), (3, 5, 7), (2, 257), (1, 255), (2, 3, 1025), (5, 1024), (2, 20
 COEFS = [0.3, -1.2, 0.5, 0.25, -0.75, 1.5, 0.9, -0.4, 0.15, -1.1, 0.6, 0.35]
 
 
-@pytest.fixture(autouse=True)
-def _best_isa():
-    torch.manual_seed(0)
+@pytest.fixture(params=DEVICES, autouse=True)
+def _on_device(request):
     native.use_isa(native.isas()[0])
-    yield
+    with default(request.param):
+        torch.manual_seed(0)
+        yield
     native.use_isa(native.isas()[0])
 
 

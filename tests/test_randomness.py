@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import gradsampler as gs
 from gradsampler.engine.generators import reachable
 from gradsampler.engine.replay import Sketch
+from support.euler import euler
 from support.gradients import assert_close, gradients
-from support.loops import euler
 from support.problems import normal
 from support.runs import leaf
 from support.strategies import STRATEGIES, replaying, strategies

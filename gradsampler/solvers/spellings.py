@@ -7,7 +7,6 @@ SPELLINGS = {
     "deismultistep": "deis",
     "dpmsolvermultistep": "dpmpp_2m",
     "dpmsolversde": "dpmpp_sde",
-    "dpmsolversinglestep": "dpmpp_2s_ancestral",
     "edmdpmsolvermultistep": "dpmpp_2m",
     "edmeuler": "euler",
     "eulerancestraldiscrete": "euler_ancestral",
@@ -19,7 +18,7 @@ SPELLINGS = {
     "kdpm2discrete": "dpm_2",
     "lmsdiscrete": "lms",
     "pndm": "ipndm",
-    "unipcmultistep": "unipc",
+    "unipcmultistep": "uni_pc",
     # web interfaces
     "dpm2": "dpm_2",
     "dpm2a": "dpm_2_ancestral",
@@ -27,5 +26,4 @@ SPELLINGS = {
     "dpmpp2sa": "dpmpp_2s_ancestral",
     "eulera": "euler_ancestral",
     "plms": "ipndm",
-    "unipcbh2": "unipc",
 }

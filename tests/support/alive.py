@@ -1,45 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is alive when: activations, states, the bytes of all tensors."""
+"""What is alive when: activations and states. Bytes are counted by the package's own gauge."""
 
 import gc
-import weakref
 from contextlib import contextmanager
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from support.problems import normal
 from support.runs import leaf
-
-
-class Alive(TorchDispatchMode):
-    """Storages that came into being while it was on, except those of the tensors ``there``."""
-
-    def __init__(self, there=()):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {x.untyped_storage()._cdata for x in there}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for x in tree_leaves(results):
-            if isinstance(x, torch.Tensor):
-                self.count(x.untyped_storage())
-        self.most = max(self.most, self.now)
-        return results
-
-    def count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += size
-            weakref.finalize(storage, self.gone, key, size)
-
-    def gone(self, key, size):
-        self.seen.remove(key)
-        self.now -= size
 
 
 class Watched:

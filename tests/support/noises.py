@@ -1,20 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The noise sources with parameters, and how many noises a run injects."""
+"""The registered noise sources with parameters, and how many noises a run injects."""
 
+import pytest
 import torch
 
 import gradsampler as gs
-from support.problems import normal
-from support.runs import leaf
 
-NOISES = {
-    "off": gs.noise.Off,
-    "sincos": lambda: gs.noise.SinCos(phase_rate=0.3, sin_amp=0.4, cos_amp=0.2),
-    "signed_roll": lambda: gs.noise.SignedRoll(seed=5),
-    "philox": lambda: gs.noise.Philox(seed=7),
-    "mixture": lambda: gs.noise.Mixture(gs.noise.SignedRoll(seed=1), angle=0.6, seed=2),
-    "given": None,  # its tensors are made for the run
-}
+KINDS = tuple(gs.noise.typical(torch.zeros(1, 2), 1))
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 class Counting(gs.noise.Off):
@@ -31,9 +24,7 @@ def injections(z0, sigmas, **options):
     return counting.count
 
 
-def make_noise(kind, count, z0, like=torch.float64):
-    """The noise of that kind, and its tensors that require grad."""
-    if kind != "given":
-        return NOISES[kind](), []
-    tensors = [leaf(normal(*z0.shape, seed=50 + k, dtype=like)) for k in range(count)]
-    return gs.noise.Given(tensors), tensors
+def make_noise(kind, count, z0):
+    """The noise of that kind, and its tensors, which require grad."""
+    noise = gs.noise.typical(z0.detach(), count)[kind]
+    return noise, [x.requires_grad_() for x in noise.tensors]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers as one would write them by hand, differentiated by autograd."""
+"""Euler's method as one would write it by hand, differentiated by autograd."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ SIGMAS = levels(LEVELS)
 
 
 def euler(denoiser, z0, sigmas=SIGMAS, **cond):
-    """Euler's method as one would write it by hand."""
+    """The sample [B, *state] from initial noise ``z0`` over the levels ``sigmas``."""
     x = sigmas[0] * z0
     for s, t in pairwise(sigmas):
         slope = (x - denoiser(x, s.to(x.dtype).expand(len(x)), **cond)) / s
