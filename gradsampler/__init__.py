@@ -6,6 +6,7 @@ from gradsampler._version import __version__
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
+from gradsampler.gradient_flow import check
 from gradsampler.ops import backends
 from gradsampler.optimization import regularizers
 from gradsampler.optimization.optimize import OptimizeResult, OptimizeStep, optimize
@@ -27,6 +28,7 @@ __all__ = [
     "StepInfo",
     "__version__",
     "backends",
+    "check",
     "memory",
     "noise",
     "ops",

@@ -102,7 +102,7 @@ def of_call(
             if of == "x":
                 return Point(called(values[0], given), values)
             if of == "cond":
-                return Point(called(call.x, _filled(given, values)), values)
+                return Point(called(call.x, filled(given, values)), values)
             with replaced(leaves, values):
                 return Point(called(call.x, given), values)
 
@@ -259,7 +259,8 @@ def _pulled(
     return torch.autograd.grad(ys, inputs, ws, retain_graph=True, allow_unused=True)
 
 
-def _filled(given: Sequence[Tensor], floating: Sequence[Tensor]) -> list[Tensor]:
+def filled(given: Sequence[Tensor], floating: Sequence[Tensor]) -> list[Tensor]:
+    """The given tensors, with other values for the floating ones."""
     values = iter(floating)
     return [next(values) if c.is_floating_point() else c for c in given]
 

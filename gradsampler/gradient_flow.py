@@ -2,7 +2,8 @@
 """Does the gradient of a loss arrive at z0, which link broke, and is it the right gradient?"""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from gradsampler import _checks, comparisons
 from gradsampler.arguments import Denoiser
 from gradsampler.comparisons import Difference, Witness
-from gradsampler.engine.conditioning import Conditioning
+from gradsampler.differences import Comparison
+from gradsampler.engine import generators
 from gradsampler.engine.observer import NonFiniteError
+from gradsampler.engine.replay import RandomState
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory import Memory, resolve
 from gradsampler.noise.sources import name_of
@@ -108,12 +111,12 @@ def check(
     if not callable(loss):
         _checks.fail_type("loss", "be callable as loss(sample)", loss)
     run = _Run(denoiser, z0, sigmas, {"check_finite": True, **sample_kwargs})
-    broken = _broken_before(z0, run.trajectory())
+    broken = _broken_before(z0, run.trajectory)
     try:
         x, detached = run.differentiable()
     except NonFiniteError as error:
         return Report(["forward: failed"], [*broken, str(error)])
-    num_steps, source = run.trajectory().program.num_steps, type(run.trajectory().noise).__name__
+    num_steps, source = run.trajectory.program.num_steps, type(run.trajectory.noise).__name__
     broken += [f"a denoiser that detaches, at step {step} of {num_steps}" for step in detached]
     lines = [
         f"forward: sample of shape {list(x.shape)}, requires_grad={x.requires_grad}",
@@ -147,3 +150,213 @@ def check(
     elif directions:
         lines.append("differences: not taken, as the gradient is broken before")
     return report
+
+
+class _Sight(Memory):
+    """Sees the trajectory of a run, and calls no model."""
+
+    trajectory: Trajectory
+
+    def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        self.trajectory = trajectory
+        return z0
+
+
+class _Run:
+    """The runs that a check makes: with gradient, without, and from points beside."""
+
+    def __init__(
+        self, denoiser: Any, z0: Tensor, sigmas: Any, sample_kwargs: dict[str, Any]
+    ) -> None:
+        self._denoiser, self._z0, self._sigmas, self._kwargs = denoiser, z0, sigmas, sample_kwargs
+        sight = _Sight()
+        self._quietly(z0, memory=sight)
+        self.trajectory = sight.trajectory
+        self.exact = resolve(sample_kwargs.get("memory", "auto")).exact
+        self._held = generators.reachable(denoiser, sample_kwargs.get("cond"))
+        self._random = RandomState(z0.device, generators=self._held)
+
+    def _sample(self, z0: Tensor, **changes: Any) -> Tensor:
+        return sample(self._denoiser, z0, self._sigmas, **(self._kwargs | changes))
+
+    def _quietly(self, z0: Tensor, **changes: Any) -> Tensor:
+        """A run that nobody watches, and without the warnings that the first one gives."""
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return self._sample(z0, **({"callback": None, "progress": False} | changes))
+
+    def differentiable(self) -> tuple[Tensor, list[int]]:
+        """The sample, and the steps at which the denoiser detaches."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", GradientWarning)
+            x = self._sample(self._z0)
+        found = [w.message for w in caught]
+        for w in found:
+            if not isinstance(w, GradientWarning):
+                warnings.warn(w, stacklevel=3)
+        return x, [w.step for w in found if isinstance(w, GradientWarning)]
+
+    def differences(
+        self,
+        cotangent: Tensor,
+        gradient: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        also: Sequence[str],
+        generator: torch.Generator,
+    ) -> list[Difference]:
+        """The differences along one direction each: of the calls, of the noises, of the run."""
+        with self._restored():
+            witness = Witness()
+            self._quietly(self._z0, memory=witness)
+            found: list[Difference] = []
+            leaves: dict[int, Tensor] = {}
+            for call in witness.calls:
+                differences, used = comparisons.of_call(witness, call, also, generator)
+                found += differences
+                leaves |= {id(leaf): leaf for leaf in used}
+            found += comparisons.of_noises(witness, generator)
+        cond = self.trajectory.cond
+        floating = [c for c in cond.tensors if c.is_floating_point()]
+        inputs: dict[str, Sequence[Tensor]] = {"z0": [self._z0]}
+        inputs |= {
+            of: x
+            for of, x in (("cond", floating), ("parameters", [*leaves.values()]))
+            if of in also
+        }
+        gradients: dict[str, Sequence[Tensor | None]] = {"z0": [gradient]}
+        if len(inputs) > 1:
+            gradients |= self._gradients(inputs, loss)
+        precision = max(difference.comparison.precision for difference in found)
+
+        def run(moved: dict[str, Sequence[Tensor]]) -> Tensor:
+            ((of, values),) = moved.items()
+            with self._restored():
+                if of == "z0":
+                    return self._quietly(values[0])
+                if of == "cond":
+                    return self._quietly(self._z0, cond=self._filled(values))
+                with comparisons.replaced(inputs[of], values):
+                    return self._quietly(self._z0)
+
+        return comparisons.of_run(run, inputs, cotangent, gradients, precision, generator) + found
+
+    def _gradients(
+        self, inputs: dict[str, Sequence[Tensor]], loss: Callable[[Tensor], Tensor]
+    ) -> dict[str, Sequence[Tensor | None]]:
+        """Autograd's gradients to what else is compared, by a run of their own."""
+        cond = [c.detach().requires_grad_() for c in inputs.get("cond", ())]
+        leaves = [*inputs.get("parameters", ())]
+        with self._restored(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = loss(self._sample(self._z0, cond=self._filled(cond) if cond else None))
+            wanted = [*cond, *leaves]
+            found = torch.autograd.grad(value, wanted, allow_unused=True) if wanted else ()
+        return {"cond": found[: len(cond)], "parameters": found[len(cond) :]}
+
+    def _filled(self, floating: Sequence[Tensor]) -> dict[str, Any]:
+        """The conditioning with other values in its floating tensors."""
+        cond = self.trajectory.cond
+        return cond.filled(comparisons.filled(cond.tensors, floating))
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Draws as the first run did, and leaves generators and buffers as they are."""
+        now = RandomState(self._z0.device, generators=self._held)
+        buffers = [(x, x.clone()) for x in self.trajectory.buffers()]
+        self._random.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+            with torch.no_grad():
+                for x, value in buffers:
+                    x.copy_(value)
+
+
+def _told(differences: Sequence[Difference]) -> str:
+    """The line that says how far autograd and the differences are apart."""
+    parts = []
+    for each in differences:
+        if each.step is None:
+            c = each.comparison
+            parts.append(
+                f"along {each.of} autograd {c.autograd:.6g}, central difference "
+                f"{c.difference:.6g}, {_off(c)}"
+            )
+    for of in dict.fromkeys(each.of for each in differences if each.step is not None):
+        calls = [each.comparison for each in differences if each.of == of and each.step is not None]
+        worst = max(calls, key=lambda c: c.error / c.tolerance)
+        kind = "noises" if of == "noise" else f"model calls along {of}"
+        parts.append(f"{len(calls)} {kind}, the worst {_off(worst)}")
+    return "differences: " + "; ".join(parts)
+
+
+def _off(c: Comparison) -> str:
+    unseen = ", too much to judge" if c.blind else ""
+    return f"off by {c.error:.1e} where rounding explains {c.tolerance:.1e}{unseen}"
+
+
+def _wrong(differences: Sequence[Difference], num_steps: int, exact: bool) -> list[str]:
+    """The links that the differences show to be broken."""
+    broken = []
+    for of, link in _LINKS.items():
+        here = [each for each in differences if each.of == of and each.step is not None]
+        wrong = [each for each in here if each.wrong]
+        if wrong:
+            steps = list(dict.fromkeys(each.step for each in wrong))
+            everywhere = len(wrong) == len(here)
+            listed = ", ".join(
+                f"{each.step} of {num_steps}"
+                + ("" if each.sigma is None else f" (sigma = {each.sigma:.6g})")
+                for each in {each.step: each for each in wrong}.values()
+            )
+            place = "at every step" if everywhere else f"at step {listed}"
+            worst = max(wrong, key=lambda each: each.comparison.error)
+            broken.append(
+                f"{link} {place}: autograd's derivative is {_off(worst.comparison)}, "
+                f"seen at {len(steps)} of {len({each.step for each in here})} steps"
+            )
+    for each in differences:
+        # In low precision the rounding of one call is carried on by the next ones.
+        if each.step is None and each.wrong and not broken and each.comparison.precision < 1e-4:
+            why = "though each model call's is right" if exact else "which memory= says not to be"
+            broken.append(
+                f"the gradient of the run to {each.of}, {why}: it is {_off(each.comparison)}"
+            )
+    return broken
+
+
+_LINKS = {
+    "x": "a wrong backward of the denoiser",
+    "cond": "a wrong backward of the denoiser to cond",
+    "parameters": "a wrong backward of the denoiser to its parameters",
+    "noise": "a noise whose transpose is not that of its at",
+}
+
+
+def _broken_before(z0: Tensor, trajectory: Trajectory) -> list[str]:
+    """The links that are seen to be broken before anything runs."""
+    broken = []
+    if not torch.is_grad_enabled():
+        broken.append("no grad mode, the run is under torch.no_grad or set_grad_enabled(False)")
+    if not z0.requires_grad:
+        broken.append("z0 without requires_grad, call z0.requires_grad_() before the run")
+    noise, program = trajectory.noise, trajectory.program
+    if torch.is_grad_enabled() and noise.of_z0:
+        start = z0.detach().clone().requires_grad_()
+        injected = dict.fromkeys(injection.noise for injection in program.injections)
+        names = [name_of(step, program.num_steps, draw) for step, draw in injected]
+        if not all(noise.at(start, *name).requires_grad for name in names):
+            broken.append(
+                f"noise drawn without reparameterisation, {type(noise).__name__}.at passes no "
+                "gradient to z0; compute it from z0, or use noise.Philox where it is independent"
+            )
+    return broken
+
+
+def _ascended(z0: Tensor, gradient: Tensor, lr: float) -> Tensor:
+    """A copy of z0 after one step of Adam up the gradient."""
+    updated = z0.detach().clone().requires_grad_()
+    updated.grad = gradient
+    torch.optim.Adam([updated], lr=lr, maximize=True).step()
+    return updated.detach()
