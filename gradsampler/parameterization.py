@@ -12,7 +12,7 @@ it. The state is in VE coordinates, ``x = x0 + s*e``; in a native flow run it is
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -64,6 +64,10 @@ class Parameterization(ABC):
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         """The map at the noise level ``sigma``, a float, or float64 levels of any shape."""
 
+    def described(self) -> Hashable | None:
+        """All that the affine map depends on, by value; None where that is not known."""
+        return None
+
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Calls the network: x [B, *state] is scaled by c_in, noise [B] holds c_noise."""
         return (self.network(x, noise, **cond),)
@@ -98,6 +102,9 @@ class Prediction(Parameterization):
     @property
     def coordinates(self) -> Coordinates:
         return FlowTime() if self.kind == "flow" else VE()
+
+    def described(self) -> Hashable | None:
+        return Prediction, self.kind
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         if self.kind == "x0":
@@ -135,6 +142,9 @@ class EDM(Parameterization):
         _callable("EDM: network", self.network)
         if not _checks.finite("EDM: sigma_data", self.sigma_data) > 0:
             _checks.fail("EDM: sigma_data", "be positive", self.sigma_data)
+
+    def described(self) -> Hashable | None:
+        return EDM, self.sigma_data
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         variance = square(sigma) + square(self.sigma_data)
@@ -188,6 +198,9 @@ class VP(Parameterization):
         before, behind = table[after - 1], table[after]
         return after - 1 + ((log_sigma - before) / (behind - before)).clamp(0, 1)
 
+    def described(self) -> Hashable | None:
+        return VP, self.prediction, tuple(self._table)
+
     def _scales(self, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         if self.prediction == "x0":
             return 0.0, 1.0
@@ -211,6 +224,9 @@ class Flow(Parameterization):
 
     def __init__(self, network: Network) -> None:
         self.network = _callable("Flow: network", network)
+
+    def described(self) -> Hashable | None:
+        return (Flow,)
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         shrink = 1 / (1 + sigma)
@@ -248,6 +264,12 @@ class Guided(Parameterization):
         self.scale = scale
         self.unconditional = dict(unconditional)
 
+    def described(self) -> Hashable | None:
+        inner = by_value(self.inner)
+        if inner is None or isinstance(self.scale, Tensor):
+            return None
+        return Guided, inner, self.scale
+
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         inner = self.inner.preconditioning(sigma)
         plain = tuple((1 - self.scale) * c for c in inner.c_out)
@@ -259,6 +281,11 @@ class Guided(Parameterization):
 
     def modules(self) -> Iterator[nn.Module]:
         return self.inner.modules()
+
+
+def by_value(model: Parameterization) -> Hashable | None:
+    """`Parameterization.described`, where the class itself says so and does not inherit it."""
+    return model.described() if "described" in vars(type(model)) else None
 
 
 def parameterize(denoiser: "Parameterization | Network", prediction: str) -> Parameterization:
