@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from gradsampler import _checks
 from gradsampler.arguments import Denoiser, checked_levels
-from gradsampler.engine import generators
+from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
-from gradsampler.engine.replay import RandomState
+from gradsampler.engine.randomness import RandomState
 from gradsampler.optimization.buffers import Buffers
 from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
@@ -127,7 +127,7 @@ def optimize(
         seen = Identity(settings)
         named = {name: {"": text} for name, text in (identity or {}).items()}
         journal = Journal(checkpoint, seen.by_argument() | named)
-        run = _Run(noise, update, Buffers(seen), generators.reachable(settings))
+        run = _Run(noise, update, Buffers(seen), parts.reachable(settings).generators)
         history = run.resume(journal.load())
 
     with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
