@@ -393,5 +393,6 @@ def checked_modules(argument: str, modules: Any) -> tuple[nn.Module, ...]:
 
 def model_dtype(model: Parameterization, z0: Tensor) -> torch.dtype:
     """The dtype that the model is called in: that of all its floating parameters, else z0's."""
-    dtypes = {p.dtype for m in model.modules() for p in m.parameters() if p.dtype.is_floating_point}
+    # Eight bits are for storage: layers that hold such weights compute in a dtype of their own.
+    dtypes = {p.dtype for m in model.modules() for p in m.parameters()} & set(_checks.FLOATING)
     return dtypes.pop() if len(dtypes) == 1 else z0.dtype

@@ -161,11 +161,12 @@ def integrate(
         tensor(True)
     """
     z0 = _checks.batched("z0", z0)
+    if z0.is_meta:
+        _checks.fail("z0", "hold values", "a tensor on the device meta")
     if not isinstance(program, Program):
         _checks.fail_type("program", "be recorded by a Solver or a Recorder", program)
     model = parameterize(denoiser, "x0").naming(modules)
-    if z0.is_inference() and not torch.is_inference_mode_enabled():
-        z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
+    z0 = _checks.savable(z0)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
     strategy = memories.resolve(memory)
