@@ -57,6 +57,16 @@ def test_opcheck_step(kind, learned, backend):
     torch.library.opcheck(library.step, step_arguments(kind, backend, learned == "tensors"))
 
 
+@pairs(kind=["none", "signed_roll", "given"], backend=BACKENDS)
+def test_opcheck_step_out(kind, backend):
+    *arguments, dtype, _ = step_arguments(kind, backend, False)
+    terms, *rest = arguments
+    rest = [x.detach() if isinstance(x, torch.Tensor) else x for x in rest]
+    out = torch.empty(2, 5, dtype=dtype, device=DEVICE)
+    terms = [x.detach() for x in terms]
+    torch.library.opcheck(library.step_out, (terms, *rest, out, backend))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_step_backward(backend):
     terms, *rest, _, _ = step_arguments("sincos", backend, True)
@@ -106,7 +116,7 @@ def test_every_op_of_the_namespace_is_checked_above():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
                if name.startswith("gradsampler::")}  # fmt: skip
     checked = {"step", "ancestral_step", "reparameterize", "flow_pair"}
-    assert defined == checked | {f"{name}_backward" for name in checked}
+    assert defined == checked | {f"{name}_backward" for name in checked} | {"step_out"}
 
 
 COMPILED = [name for name in BACKENDS if name != "triton"]

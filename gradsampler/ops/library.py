@@ -100,6 +100,34 @@ def _step(
     return result.contiguous()
 
 
+def _step_out(
+    terms: list[Tensor],
+    factors: list[float],
+    coefs: Tensor | None,
+    z0: Tensor | None,
+    given: Tensor | None,
+    noise_number: float,
+    noise_coef: Tensor | None,
+    words: list[int],
+    numbers: list[float],
+    out: Tensor,
+    backend: str,
+) -> None:
+    _backend(backend, terms[0]).step_fwd(
+        terms,
+        factors if coefs is None else coefs,
+        z0,
+        _raised(words, numbers, given),
+        noise_number if noise_coef is None else noise_coef,
+        out=out,
+        out_dtype=out.dtype,
+    )
+
+
+def _step_out_fake(*arguments: Any) -> None:
+    return None
+
+
 def _step_fake(terms: list[Tensor], *arguments: Any) -> Tensor:
     return _contiguous(terms[0], arguments[-2])
 
@@ -183,6 +211,9 @@ def _step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 step = _register("step", f"({_STEP}ScalarType out_dtype, str backend) -> Tensor", _step, _step_fake)
+step_out = _register(
+    "step_out", f"({_STEP}Tensor(a!) out, str backend) -> ()", _step_out, _step_out_fake
+)
 step_backward = _register(
     "step_backward",
     f"(Tensor g, {_STEP}bool[] needs, str backend) -> Tensor[]",
