@@ -40,3 +40,11 @@ def pytest_sessionstart(session):
 def pytest_sessionfinish(session):
     if RECORDER in session.stash:
         session.stash[RECORDER].write()
+
+
+@pytest.fixture
+def fresh_compiler():
+    """An empty compiler; for `support.compiling`."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

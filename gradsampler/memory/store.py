@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradsampler.engine import replay
+from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
 from gradsampler.memory.base import Memory
@@ -35,9 +35,9 @@ class Store(Memory):
             model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
             cond = trajectory.cond.filled(trajectory.cond.tensors)
             asked = model_input.requires_grad and not warned
-            since = replay.mark() if asked else 0
+            since = graph.mark() if asked else 0
             outputs = trajectory.call(evaluation, model_input, level, cond)
-            if asked and not replay.reaches(outputs, model_input, since):
+            if asked and not graph.reaches(outputs, model_input, since):
                 warned = True
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             return outputs

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.engine import replay
+from gradsampler.engine import graph
 from gradsampler.engine.adjoint import Adjoint, Call
 from gradsampler.engine.program import Z0, Evaluation
+from gradsampler.engine.randomness import RandomState
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.planning import drawn
@@ -119,7 +120,7 @@ class _Probe(Adjoint):
         inner = [call.level, *self._cond, *self._leaves.values()]
         if not pairs:
             return []
-        with replay.without_hooks(list(self._leaves.values())):
+        with graph.without_hooks(list(self._leaves.values())):
             _, *rest = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [call.scaled, *(x for x in inner if x.requires_grad)],
@@ -160,7 +161,7 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 @contextmanager
 def _undisturbed(trajectory: Trajectory, device: torch.device) -> Iterator[None]:
     """Afterwards the random state and the modules' buffers are as they were."""
-    random = replay.RandomState(device)
+    random = RandomState(device)
     buffers = [(x, x.clone()) for x in trajectory.buffers()]
     try:
         yield
