@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
+.PHONY: demo test test-all coverage lint tables bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
@@ -26,6 +26,9 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tables: $(VENV)/.installed
+	$(BIN)/python -m gradsampler.app.tables docs/solvers.md
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
