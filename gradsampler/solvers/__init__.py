@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from gradsampler import _checks
+from gradsampler.engine.program import Recorder
 from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
 from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
@@ -49,6 +50,7 @@ __all__ = [
     "Kutta3",
     "Midpoint",
     "MidpointReversible",
+    "Recorder",
     "Res2AB",
     "Res2Mid",
     "Res2MidStable",
