@@ -29,8 +29,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import torch
 import triton
 
+from gradsampler.contract import GIVEN, MAX_TERMS, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
-from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 from support import absent_gpu
 from support.absent_gpu import TARGETS
 
@@ -78,10 +78,10 @@ def _draw(noise: str, dtype: torch.dtype) -> Draw | None:
     return draw
 
 
-def _step_fwd(noise: str, dtype: torch.dtype) -> int:
+def _step_fwd(terms: int, noise: str, dtype: torch.dtype) -> int:
     x = torch.empty(SHAPE, dtype=dtype)
-    step.step_fwd([x, x], [0.5, 0.5], x, _draw(noise, dtype), 0.7)
-    return (3 if noise in ("off", "philox") else 4) * x.itemsize
+    step.step_fwd([x] * terms, [0.5] * terms, x, _draw(noise, dtype), 0.7)
+    return (terms + (1 if noise in ("off", "philox") else 2)) * x.itemsize
 
 
 def _step_fwd_model_in(noise: str, dtype: torch.dtype) -> int:
@@ -92,19 +92,20 @@ def _step_fwd_model_in(noise: str, dtype: torch.dtype) -> int:
     return 3 * x.itemsize + 2 * d.itemsize
 
 
-def _step_bwd(noise: str, dtype: torch.dtype) -> int:
+def _step_bwd(terms: int, noise: str, dtype: torch.dtype) -> int:
     x = torch.empty(SHAPE, dtype=dtype)
     dz0 = None if noise == "off" else x
-    step.step_bwd(x, [x, x], [0.5, 0.5], x, _draw(noise, dtype), 0.7, dz0=dz0,
-                  needs_terms=[True, True])  # fmt: skip
-    return {"off": 3, "sincos": 6, "signed_roll": 5}[noise] * x.itemsize
+    step.step_bwd(x, [x] * terms, [0.5] * terms, x, _draw(noise, dtype), 0.7, dz0=dz0,
+                  needs_terms=[True] * terms)  # fmt: skip
+    return (terms + {"off": 1, "sincos": 4, "signed_roll": 3}[noise]) * x.itemsize
 
 
-def _adjoint_step(noise: str, dtype: torch.dtype) -> int:
-    x = torch.empty(SHAPE, dtype=dtype)
+def _adjoint_step(terms: int, noise: str, dtype: torch.dtype) -> int:
+    x, own = torch.empty(SHAPE, dtype=dtype), terms - 1  # and the model's gradient
     dz0 = None if noise == "off" else x
-    adjoint.adjoint_step([x], [0.5], x, 0.5, [0.0, 0.5], x, _draw(noise, dtype), 0.7, dz0)
-    return {"off": 4, "sincos": 7, "signed_roll": 6}[noise] * x.itemsize
+    adjoint.adjoint_step([x] * own, [0.5] * own, x, 0.5, [0.5] * terms, x, _draw(noise, dtype),
+                         0.7, dz0)  # fmt: skip
+    return (terms + {"off": 2, "sincos": 5, "signed_roll": 4}[noise]) * x.itemsize
 
 
 def _leap(integers: torch.dtype, noise: str, dtype: torch.dtype) -> int:
@@ -147,10 +148,13 @@ def _flow_pair_bwd(noise: str, dtype: torch.dtype) -> int:
 
 
 CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
-    ("step_fwd", _step_fwd, tuple(DRAWS)),
+    ("step_fwd", partial(_step_fwd, 2), tuple(DRAWS)),
     ("step_fwd+model_in", _step_fwd_model_in, ("sincos", "signed_roll")),
-    ("step_bwd", _step_bwd, ("off", "sincos", "signed_roll")),
-    ("adjoint_step", _adjoint_step, ("off", "sincos", "signed_roll")),
+    ("step_bwd", partial(_step_bwd, 2), ("off", "sincos", "signed_roll")),
+    ("adjoint_step", partial(_adjoint_step, 2), ("off", "sincos", "signed_roll")),
+    (f"step_fwd {MAX_TERMS} terms", partial(_step_fwd, MAX_TERMS), ("sincos", "philox+sincos")),
+    (f"step_bwd {MAX_TERMS} terms", partial(_step_bwd, MAX_TERMS), ("sincos",)),
+    (f"adjoint_step {MAX_TERMS} terms", partial(_adjoint_step, MAX_TERMS), ("sincos",)),
     ("leap int32", partial(_leap, torch.int32), ("off", "sincos", "signed_roll", "philox")),
     ("leap int64", partial(_leap, torch.int64), ("off", "sincos", "signed_roll", "philox")),
     ("ancestral_step_fwd", _ancestral_step_fwd, ("given",)),

@@ -15,24 +15,16 @@ and log_min = -1.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import AncestralGrads
 from gradsampler.kernels import launch
 from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import NONE, coefficient, number, read, tile, write
-
-
-class AncestralGrads(NamedTuple):
-    """What the backward returns; None where it was not asked for."""
-
-    x: Tensor | None  # [B, C, *space]
-    model_output: Tensor | None  # as the model output, eps and v along dim 1
-    noise: Tensor | None  # [B, C, *space]
 
 
 @triton.jit

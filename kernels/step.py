@@ -12,13 +12,13 @@ The inner products are sums of blocks, added up in a fixed order in a second pas
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import GIVEN, SIGNED_ROLL, SINCOS, Draw, StepGrads
 from gradsampler.kernels import launch
 from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import (
@@ -32,15 +32,6 @@ from gradsampler.kernels.noise import (
     tile,
     write,
 )
-
-
-class StepGrads(NamedTuple):
-    """What the backward of a step returns; None where it was not asked for."""
-
-    terms: list[Tensor | None]  # of the dtypes of the terms
-    coefs: Tensor | None  # float64, [K] or [B, K]
-    noise_coef: Tensor | None  # float64, 0-d or [B]
-    given: Tensor | None  # [B, *state]
 
 
 @triton.jit
@@ -81,13 +72,13 @@ def step_fwd_tile(
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def step_fwd_kernel(
     terms, coefs, source, numbers, noise_coef, bounds, model_scale, out, model_in, size, count,
-    step, key0, key1, sign_key0, sign_key1, offset,
+    step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
     PER_SAMPLE: tl.constexpr, MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements."""
     sample, first = tile(count, BLOCK, PER_SAMPLE)
-    words = (step, key0, key1, sign_key0, sign_key1, offset)
+    words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
     if MASK == LAST:
         whole = first + BLOCK <= size
@@ -141,7 +132,7 @@ def step_bwd_tile(
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def step_bwd_kernel(
     g, terms, coefs, source, numbers, noise_coef, bounds, dterms, dz0, partial, size, count,
-    step, key0, key1, sign_key0, sign_key1, offset,
+    step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
     PLACES: tl.constexpr, DCOEFS: tl.constexpr, DNOISE: tl.constexpr, PER_SAMPLE: tl.constexpr,
     MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
@@ -151,7 +142,7 @@ def step_bwd_kernel(
     ``dterms`` are those that are asked for, of the terms PLACES: old Tritons know no None there.
     """
     sample, first = tile(count, BLOCK, PER_SAMPLE)
-    words = (step, key0, key1, sign_key0, sign_key1, offset)
+    words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
     if MASK == LAST:
         whole = first + BLOCK <= size
@@ -170,7 +161,7 @@ def step_fwd(
     terms: Sequence[Tensor],
     coefs: Sequence[float] | Tensor,
     z0: Tensor | None = None,
-    draw: Any = None,
+    draw: Draw | None = None,
     noise_coef: float | Tensor = 0.0,
     *,
     clamp: tuple[float, float] | None = None,
@@ -183,10 +174,10 @@ def step_fwd(
     """``clamp(sum_k coefs[k] * terms[k]) + noise_coef * n`` in one launch.
 
     Args:
-        terms: 1 to 6 tensors [B, *state], each of its own dtype and strides.
+        terms: 1 to `MAX_TERMS` tensors [B, *state], each of its own dtype and strides.
         coefs: K floats, passed by value, or a tensor [K] or [B, K].
         z0: [B, *state] initial noise, read where ``draw`` is a function of it.
-        draw: a ``noise.Draw``, or None for no noise.
+        draw: a `Draw`, or None for no noise.
         noise_coef: a float, or a tensor of one element or [B].
         clamp: (low, high) bounds of the combination, before the noise is added.
         out: [B, *state], written in place of a new tensor; may be one of the terms, but not a z0
@@ -207,7 +198,7 @@ def step_fwd(
     c, stride = launch.coefficients(coefs, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
     block = block or launch.block_size(inject_.normal, compute)
-    per_sample = inject_.kind == launch.SIGNED_ROLL or max(stride, noise_stride) > 0
+    per_sample = inject_.kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     *parts, source, result = launch.in_one_order(
         [*terms, inject_.source, out], elementwise=not (per_sample or inject_.normal)
     )
@@ -236,7 +227,7 @@ def step_bwd(
     terms: Sequence[Tensor],
     coefs: Sequence[float] | Tensor,
     z0: Tensor | None = None,
-    draw: Any = None,
+    draw: Draw | None = None,
     noise_coef: float | Tensor = 0.0,
     *,
     dz0: Tensor | None = None,
@@ -271,14 +262,14 @@ def step_bwd(
     kind = inject_.kind
     c, stride = launch.coefficients(coefs, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
-    per_sample = kind == launch.SIGNED_ROLL or max(stride, noise_stride) > 0
+    per_sample = kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     normal = inject_.normal and needs_noise_coef
     block = block or launch.block_size(normal, compute)
-    pulls = dz0 is not None and kind in (launch.SINCOS, launch.SIGNED_ROLL)
+    pulls = dz0 is not None and kind in (SINCOS, SIGNED_ROLL)
     pulls = pulls and not launch.is_zero(noise_coef)
     reads = needs_coefs or clamp is not None
-    given, dz0 = kind == launch.GIVEN and needs_given, dz0 if pulls else None
-    source = inject_.source if needs_noise_coef or (kind == launch.SINCOS and pulls) else None
+    given, dz0 = kind == GIVEN and needs_given, dz0 if pulls else None
+    source = inject_.source if needs_noise_coef or (kind == SINCOS and pulls) else None
     cot, source, buffer, *parts = launch.in_one_order(
         [g, source, dz0, *(terms if reads else ())],
         elementwise=not (per_sample or normal),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: Triton's interpreter where there is no GPU, one thread a process."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,3 +30,13 @@ def pytest_sessionstart(session):
 def pytest_sessionfinish(session):
     if RECORDER in session.stash:
         session.stash[RECORDER].write()
+
+
+def pytest_collection_finish():
+    """What is there now stays to the end: the collector need not look at it in each test."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # modules in C look for leaks at the end

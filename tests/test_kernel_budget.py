@@ -50,7 +50,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from support.absent_gpu import recorded, variant
 from gradsampler.kernels import leap, step
-from gradsampler.noise.sources import SIGNED_ROLL, SINCOS, Draw
+from gradsampler.contract import SIGNED_ROLL, SINCOS, Draw
 
 x = torch.empty(2, 64)
 for kind in (SINCOS, SIGNED_ROLL):
@@ -102,6 +102,9 @@ def test_every_kernel_has_its_rows(hopper):
         "step_fwd+model_in",
         "step_bwd",
         "adjoint_step",
+        "step_fwd 12 terms",
+        "step_bwd 12 terms",
+        "adjoint_step 12 terms",
         "leap int32",
         "leap int64",
         "ancestral_step_fwd",
@@ -135,9 +138,10 @@ def test_kernels_are_bound_by_memory(hopper):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_architectures(arch):
     kernels = ["step_fwd", "step_bwd", "adjoint_step", "leap int64"]
+    kernels += ["step_fwd 12 terms", "step_bwd 12 terms", "adjoint_step 12 terms"]
     options = [x for k in kernels for x in ("--kernel", k)]
     rows = budget("--arch", arch, *options, "--noise", "off", "--noise", "sincos")
-    assert len(rows) == 16
+    assert len(rows) == 22
     for row in rows:
         assert (row["stack"], row["spills"]) == (0, 0), row
         widths_hold(row)

@@ -4,7 +4,9 @@
 The transposes are held to autograd and to finite differences of that noise.
 """
 
+import inspect
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_philox import (
+
+from gradsampler import contract, noise
+from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
+from support.philox import (
     DTYPES,
     TOLERANCE,
     correlation,
@@ -22,12 +27,16 @@ from test_philox import (
     scalar_sign,
 )
 
-from gradsampler import noise
-from gradsampler.noise import sources
-from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
-
 N = 12  # steps of the runs below, unless a test says otherwise
 BIG_SEED = 2**40 + 3
+
+
+def once(*steps):
+    """The noises of a run that draws once in each of these steps."""
+    return [(step, 0) for step in steps]
+
+
+ONCE = once(*range(N))
 
 
 def normal(shape, seed=0, dtype=torch.float64):
@@ -197,7 +206,7 @@ def test_at_is_a_pure_function(case):
 @STEPS
 def test_draw_holds_the_numbers_of_the_noise(case, step):
     z0 = normal((2, 3, 5))
-    source = case.source(z0).prepare(z0, range(N))
+    source = case.source(z0).prepare(z0, ONCE)
     draw = source.draw(z0, step, N)
     assert draw.step == step
     expected = case.formula(z0.numpy(), step, N)
@@ -208,12 +217,12 @@ def evaluate(draw, z0):
     """``normal * N(normal_seed, step) + weight * f(z0)`` as ``Draw`` documents it, in numpy."""
     plain = [x for name, x in draw._asdict().items() if name != "given"]
     assert all(type(x) in (int, float) for x in plain)
-    assert (draw.given is not None) == (draw.kind == sources.GIVEN)
-    if draw.kind == sources.OFF:
+    assert (draw.given is not None) == (draw.kind == contract.GIVEN)
+    if draw.kind == contract.OFF:
         f = np.zeros(z0.shape)
-    elif draw.kind == sources.SINCOS:
+    elif draw.kind == contract.SINCOS:
         f = draw.gain * z0 + draw.amplitude * np.sin(draw.rate * z0 + draw.phase)
-    elif draw.kind == sources.SIGNED_ROLL:
+    elif draw.kind == contract.SIGNED_ROLL:
         rows = z0.reshape(len(z0), -1)
         f = np.empty_like(rows)
         for (k, j), _ in np.ndenumerate(rows):
@@ -221,14 +230,10 @@ def evaluate(draw, z0):
             f[k, j] = sign * rows[k, (j - draw.offset) % rows.shape[1]]
         f = f.reshape(z0.shape)
     else:
-        assert draw.kind == sources.GIVEN
+        assert draw.kind == contract.GIVEN
         f = draw.given.numpy()
     independent = scalar_normals(z0.size, draw.step, draw.normal_seed).reshape(z0.shape)
     return draw.normal * independent + draw.weight * f
-
-
-def test_kinds_of_draw_are_distinct():
-    assert len({sources.OFF, sources.SINCOS, sources.SIGNED_ROLL, sources.GIVEN}) == 4
 
 
 @WITH_GRADIENT
@@ -539,7 +544,7 @@ def test_mixture_passes_on_the_tensors_of_the_other_and_their_gradient():
     mixture = Mixture(Given(tensors), 0.4)
     assert all(x is y for x, y in zip(mixture.tensors, tensors, strict=True))
     assert Mixture(SinCos(), 0.4).tensors == ()
-    prepared = mixture.prepare(z0, (2, 5, 6))
+    prepared = mixture.prepare(z0, once(2, 5, 6))
     pulled = prepared.transpose(g, z0, 5, N)
     assert pulled.z0 is None
     assert list(pulled.tensors) == [1]
@@ -563,7 +568,7 @@ def test_given_follows_the_run_it_is_prepared_for():
     z0 = normal((2, 3))
     tensors = tensors_like(z0, 3)
     source = Given(tensors)
-    prepared = source.prepare(z0, (0, 4, 7))
+    prepared = source.prepare(z0, once(0, 4, 7))
     for step, x in zip((0, 4, 7), tensors, strict=True):
         assert torch.equal(prepared.at(z0, step, 10), x)
         assert torch.equal(prepared.draw(z0, step, 10).given, x)
@@ -585,7 +590,7 @@ def test_given_refuses_a_step_without_a_tensor(step):
 def test_gradient_reaches_the_given_tensor_of_the_step_alone(dtype, step):
     z0, g = normal((2, 3)), normal((2, 3), seed=1)
     tensors = [x.to(dtype).requires_grad_() for x in tensors_like(z0, 3)]
-    source = Given(tensors).prepare(z0, (0, 4, 7))
+    source = Given(tensors).prepare(z0, once(0, 4, 7))
     out = source.at(z0, step, 10)
     assert out.dtype == z0.dtype
     expected = torch.autograd.grad(out, tensors, g, allow_unused=True)
@@ -633,7 +638,7 @@ def test_gradient_reaches_the_given_tensor_of_the_step_alone(dtype, step):
 def test_prepare_refuses_given_tensors_that_do_not_fit(tensors, fragments, wrap):
     z0 = normal((2, 3))
     with pytest.raises(ValueError, match="noise=Given") as caught:
-        wrap(Given(tensors(z0))).prepare(z0, (0, 4, 7))
+        wrap(Given(tensors(z0))).prepare(z0, once(0, 4, 7))
     assert all(fragment in str(caught.value) for fragment in fragments)
 
 
@@ -644,7 +649,7 @@ def test_prepare_refuses_given_tensors_that_do_not_fit(tensors, fragments, wrap)
 def test_prepare_changes_no_number(case):
     z0 = normal((2, 3, 4))
     source = case.source(z0)
-    prepared = source.prepare(z0, range(N))
+    prepared = source.prepare(z0, ONCE)
     assert type(prepared) is type(source)
     for step in (0, 5, N - 1):
         assert torch.equal(prepared.at(z0, step, N), source.at(z0, step, N))
@@ -658,7 +663,7 @@ def test_prepare_changes_no_number(case):
 )
 def test_prepare_refuses_to_roll_a_single_element(source, shape):
     with pytest.raises(ValueError, match=r"SignedRoll: z0 must hold at least 2 .* got 1$"):
-        source.prepare(normal(shape), range(N))
+        source.prepare(normal(shape), ONCE)
 
 
 @pytest.mark.parametrize(
@@ -666,13 +671,13 @@ def test_prepare_refuses_to_roll_a_single_element(source, shape):
 )
 def test_other_sources_take_a_single_element(source):
     z0 = normal((3, 1))
-    assert source.prepare(z0, range(N)).at(z0, 0, N).shape == (3, 1)
+    assert source.prepare(z0, ONCE).at(z0, 0, N).shape == (3, 1)
 
 
 def test_prepare_takes_two_elements_to_roll():
     z0 = normal((3, 2))
     source = SignedRoll()
-    assert source.prepare(z0, range(N)) == source
+    assert source.prepare(z0, ONCE) == source
     assert torch.equal(source.at(z0, 0, N).abs(), z0.flip(1).abs())
 
 
@@ -870,7 +875,7 @@ def test_default_transpose_of_a_noise_without_z0_sends_it_nothing(source):
 def test_a_source_of_ones_own_has_the_plain_defaults():
     source, z0 = Cubed(), normal((2, 3))
     assert source.tensors == ()
-    assert source.prepare(z0, range(N)) is source
+    assert source.prepare(z0, ONCE) is source
     assert source.draw(z0, 0, N) is None
     assert Mixture(source, 0.3).draw(z0, 0, N) is None
 
@@ -895,5 +900,44 @@ def test_the_sources_are_values():
 
 def test_public_names_are_pinned():
     assert sorted(noise.__all__) == [
-        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"
+        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos",
+        "names", "register", "resolve", "typical",
     ]  # fmt: skip
+
+
+# The registry
+
+
+def test_the_registry_has_every_source():
+    typical = noise.typical(normal((3, 7)), 2)
+    classes = {value for value in vars(noise).values() if inspect.isclass(value)} - {NoiseSource}
+    assert {type(source) for source in typical.values()} == classes
+    assert {type(noise.resolve(name)) for name in noise.names()} == classes - {Mixture, Given}
+
+
+@pytest.mark.parametrize("name", noise.names())
+def test_a_typical_source_has_no_parameter_at_its_default(name):
+    typical, default = noise.typical(normal((3, 7)), 2)[name], noise.resolve(name)
+    for field in vars(default):
+        assert getattr(typical, field) != getattr(default, field)
+
+
+def test_a_source_of_ones_own_is_registered_once(monkeypatch):
+    monkeypatch.setattr(noise.named, "_REGISTRY", dict(noise.named._REGISTRY))
+
+    @dataclass(frozen=True)
+    class Scaled(NoiseSource):
+        factor: float
+
+        def at(self, z0, step, num_steps):
+            return self.factor * z0
+
+    with pytest.raises(ValueError, match=r"typical must be given, as Scaled needs arguments"):
+        noise.register("scaled", Scaled)
+    noise.register("scaled", Scaled, lambda z0, n: Scaled(0.5))
+    assert noise.typical(normal((3, 7)), 2)["scaled"] == Scaled(0.5)
+    assert "scaled" not in noise.names()
+    with pytest.raises(ValueError, match=r"name must be new, got 'scaled'"):
+        noise.register("scaled", Scaled, lambda z0, n: Scaled(0.5))
+    with pytest.raises(ValueError, match=r"noise must be one of off, .*, got 'scaled'"):
+        noise.resolve("scaled")
