@@ -191,6 +191,7 @@ class Adjoint:
             gradients = self._transposed(lam, wants_z0)
         finally:
             self._states.release()
+        self._trajectory.observer.settle()
         flags = torch.stack(list(self._changed.values())).tolist() if self._changed else []
         changed = [e.step for e, flag in zip(self._changed, flags, strict=True) if flag]
         self._changed.clear()
