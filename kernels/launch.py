@@ -74,9 +74,10 @@ def signed(word: int) -> int:
 
 
 def words(draw: Draw) -> tuple[int, ...]:
-    """The integers of an injection as kernel arguments, in the order of UNSPECIALISED."""
-    seeds = [signed(word) for seed in (draw.seed, draw.normal_seed) for word in (seed, seed >> 32)]
-    return signed(draw.step), *seeds[:2], draw.offset, *seeds[2:]
+    """The integers of an injection as kernel arguments, in the order of ``kernels.noise``."""
+    step, offset = signed(draw.step), draw.offset
+    seed = signed(draw.seed), signed(draw.seed >> 32)
+    return step, *seed, offset, signed(draw.normal_seed), signed(draw.normal_seed >> 32)
 
 
 def scalar(x: float | Tensor, compute: tl.dtype) -> tuple[Any, int]:

@@ -9,14 +9,12 @@ import math
 import re
 from collections.abc import Callable
 from decimal import Decimal, localcontext
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from scipy import integrate
 from torch import Tensor
 
 import gradsampler as gs
@@ -24,7 +22,9 @@ import support.loops
 from gradsampler import noise as noises
 from gradsampler import solvers
 from gradsampler.solvers.exponential import phi1, phi2
-from support.problems import Gaussian, Mixture, normal
+from support.noises import SOURCES
+from support.problems import Mixture, normal
+from support.tiers import pairs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -637,87 +637,6 @@ def test_numbers_worked_by_hand(solver, levels, noise, expected):
     assert got.item() == pytest.approx(expected, rel=1e-15)
 
 
-GAUSSIAN = Gaussian(mean=0.3, std=0.5)
-START = normal(2, 6, seed=3)
-
-
-def integrated(slope, x, s, t):
-    """The solution at t of dx/ds = slope(x, s) through x at s, by an adaptive method of order 8."""
-
-    def flat(level, y):
-        return slope(torch.from_numpy(y).view(x.shape), level).numpy().ravel()
-
-    y = integrate.solve_ivp(
-        flat, (s, t), x.numpy().ravel(), method="DOP853", rtol=1e-12, atol=1e-12
-    )
-    return torch.from_numpy(y.y[:, -1]).view(x.shape)
-
-
-@cache
-def ve_problem(name):
-    """A denoiser and what becomes of START between the levels 20 and 0.05."""
-    if name == "gaussian":
-        return GAUSSIAN.denoise, GAUSSIAN.ode(20.0 * START, 20.0, 0.05)
-    return MIXTURE.denoise, integrated(MIXTURE.epsilon, 20.0 * START, 20.0, 0.05)
-
-
-@cache
-def flow_problem(name):
-    """A velocity and what becomes of START between the times 1 and 0.02."""
-    if name == "gaussian":
-        return GAUSSIAN.velocity, GAUSSIAN.flow_ode(START, 1.0, 0.02)
-    return MIXTURE.velocity, integrated(MIXTURE.velocity, START, 1.0, 0.02)
-
-
-# On Gaussian data x is proportional to sqrt(std^2 + s^2), for which the leading error of the
-# explicit midpoint method, that of x_sss + 3 f_x x_ss, vanishes: there its order is 3.
-ORDERS = {
-    "ddim": (1, 1),
-    "dpmpp_2m": (2, 2),
-    "dpmpp_2m_sde-eta0": (2, 2),
-    "euler": (1, 1),
-    "euler_ancestral-eta0": (1, 1),
-    "heun": (2, 2),
-    "midpoint": (3, 2),
-    "res_2ab": (2, 2),
-    "res_2mid": (2, 2),
-    "res_2mid_stable": (2, 2),
-}
-
-
-def fitted_order(solve, levels, expected, counts):
-    """The slope of -log(error) over log(N), N doubling."""
-    errors = [error(solve(levels(n)), expected) for n in counts]
-    return -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]
-
-
-@pytest.mark.parametrize("problem", ["gaussian", "mixture"])
-@pytest.mark.parametrize("name", ORDERS)
-def test_order_of_convergence(name, problem):
-    denoise, expected = ve_problem(problem)
-    solver = Case(name.partition("-")[0], STOCHASTIC.get(name, {})).solve()
-    order = fitted_order(
-        lambda levels: gs.sample(denoise, START, levels, solver=solver),
-        lambda n: gs.schedules.karras(n, sigma_min=0.05, sigma_max=20.0),
-        expected,
-        [64, 128, 256],
-    )
-    assert order == pytest.approx(ORDERS[name][problem == "mixture"], abs=0.2)
-
-
-@pytest.mark.parametrize("problem", ["gaussian", "mixture"])
-@pytest.mark.parametrize("name", ["euler", "heun", "midpoint"])
-def test_order_of_convergence_in_flow_time(name, problem):
-    velocity, expected = flow_problem(problem)
-    order = fitted_order(
-        lambda times: gs.sample(velocity, START, times, solver=name, prediction="flow"),
-        lambda n: torch.linspace(1, 0.02, n + 1, dtype=torch.float64),
-        expected,
-        [64, 128, 256],
-    )
-    assert order == pytest.approx(ORDERS[name][problem == "mixture"], abs=0.2)
-
-
 SIZES = [1e-8, 1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.4999, 0.5, 0.5001, 0.7, 1.0, 2.0, 5.0, 10.0]
 
 
@@ -771,10 +690,9 @@ def central_differences(loss, levels):
     return torch.tensor(slopes, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("end", ["to-sigma_min", "to-zero"])
-@every_case
-def test_gradient_to_the_levels_is_the_loops_difference_quotient(case, end):
-    levels = LEVELS[end]
+@pairs(name=CASES, end=["to-sigma_min", "to-zero"])
+def test_gradient_to_the_levels_is_the_loops_difference_quotient(name, end):
+    case, levels = CASES[name], LEVELS[end]
     # The ends of a window count as levels would cross them: move them off the levels.
     if case.churn and case.churn[2] == 4.0:
         case = case._replace(churn=(1.1, 0.8, 5.0, 1.003))
@@ -831,11 +749,13 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("end", ["to-sigma_min", "to-zero"])
-@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "euler_ancestral"])
-@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+@pairs(
+    wrapped=WRAPPED,
+    solver=["heun", "dpmpp_2m", "euler_ancestral"],
+    end=["to-sigma_min", "to-zero"],
+)
 def test_gradient_to_the_levels_through_every_wrapper(wrapped, solver, end):
-    denoiser, prediction = wrapped
+    denoiser, prediction = WRAPPED[wrapped]
     levels = LEVELS[end]
     count = sum(t > 0 for t in levels[1:]) if solver == "euler_ancestral" else 0
 
@@ -917,20 +837,12 @@ def test_gradient_passes_by_a_call_that_detaches(name, prediction, memory):
     assert error(got, expected) <= 1e-10
 
 
-SOURCES = {
-    "sincos": noises.SinCos(),
-    "signed-roll": noises.SignedRoll(seed=3),
-    "philox": noises.Philox(seed=3),
-    "mixture": noises.Mixture(noises.SignedRoll(seed=4), 0.7, seed=3),
-}
-
-
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "heun-churn"])
-def test_gradient_of_a_run_with_drawn_noise_is_the_loops(name, source, memory):
+def test_gradient_of_a_run_with_drawn_noise_is_the_loops(name, kind, memory):
     """Also where the backward pass draws the noise again instead of having kept it."""
-    case = CASES[name]
+    case, source = CASES[name], SOURCES[kind]
     levels = LEVELS["to-zero"]
     z0 = Z0.clone().requires_grad_()
     churn = None if case.churn is None else gs.Churn(*case.churn)

@@ -13,8 +13,8 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,23 @@ class NoiseSource(ABC):
         dz0, *rest = torch.autograd.grad(noise, inputs, g.to(noise.dtype), allow_unused=True)
         found = zip(wanted, rest, strict=True)
         return Cotangent(dz0, {k: x for k, x in found if x is not None})
+
+    def identity(self) -> Any:
+        """What makes this the same source in another process, for the checkpoint of `optimize`.
+
+        Plain values and tensors, alone or in lists, tuples and dicts. A dataclass has it for free,
+        by its fields; a source of your own that is none returns, say, ``{"seed": self.seed}``.
+        """
+        own = "__dataclass_fields__" in vars(type(self))
+        names: list[str] = [f.name for f in fields(self)] if is_dataclass(self) else []
+        if not own and (not names or vars(self).keys() - names):
+            _checks.fail_type(
+                "noise",
+                'have a method identity() that returns what makes it this source, as {"seed": '
+                "self.seed}, or be a dataclass, for the checkpoint to be of this run",
+                self,
+            )
+        return {name: getattr(self, name) for name in names}
 
     def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> "NoiseSource":
         """Checks the source against the noises that a run injects, in order, and fits it."""
@@ -318,6 +335,9 @@ class Given(NoiseSource):
     @property
     def of_z0(self) -> bool:
         return False
+
+    def identity(self) -> Any:
+        return {"tensors": self._tensors}
 
     def __repr__(self) -> str:
         return f"Given({len(self._tensors)} tensors)"
