@@ -24,7 +24,7 @@ def pytest_sessionstart(session):
     if folder:  # for another Triton to compile, see `make test-oldest`
         from support import variants
 
-        session.stash[RECORDER] = variants.Recorder(Path(folder))
+        session.stash[RECORDER] = variants.Recorder(Path(folder).absolute())
 
 
 def pytest_sessionfinish(session):
