@@ -76,15 +76,17 @@ def test_opcheck_step_backward(backend):
     torch.library.opcheck(library.step_backward, arguments)
 
 
-@pairs(clamp=[[], [-0.5, 0.5]], backend=BACKENDS)
-def test_opcheck_ancestral_step(clamp, backend):
-    coefs = normal(2, 6, seed=5)
+@pairs(by=["value", "tensor"], clamp=[[], [-0.5, 0.5]], backend=BACKENDS)
+def test_opcheck_ancestral_step(by, clamp, backend):
+    rows = normal(2, 6, seed=5)
+    coefs = (rows[0].tolist(), None) if by == "value" else ([], rows)
     nonzero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=DEVICE)
     inputs = (leaf(2, 3, 4), leaf(2, 6, 4, seed=1), leaf(2, 3, 4, seed=2))
-    torch.library.opcheck(library.ancestral_step, (*inputs, coefs, nonzero, clamp, backend))
+    rest = (*coefs, nonzero, clamp)
+    torch.library.opcheck(library.ancestral_step, (*inputs, *rest, backend))
     detached = [x.detach() for x in inputs]
     needs = [True, True, False]
-    arguments = (normal(2, 3, 4), *detached, coefs, nonzero, clamp, needs, backend)
+    arguments = (normal(2, 3, 4), *detached, *rest, needs, backend)
     torch.library.opcheck(library.ancestral_step_backward, arguments)
 
 

@@ -191,11 +191,9 @@ def ancestral_step(
     if clamp is not None and not clamp[0] <= clamp[1]:
         _checks.fail("ancestral_step: clamp", "be (low, high) with low <= high", clamp)
     numbers, tensor = _coefficients("ancestral_step", coefs, len(ANCESTRAL), len(x))
-    if tensor is None:
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=x.device)
     bounds = [] if clamp is None else [float(c) for c in clamp]
     result: Tensor = library.ancestral_step(
-        x, model_output, noise, tensor, nonzero, bounds, backend or ""
+        x, model_output, noise, numbers, tensor, nonzero, bounds, backend or ""
     )
     return result
 
