@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _NO_PARTS = (Tensor, torch.device, torch.dtype, ModuleType, str, bytes, int, float, complex)
-_FOREIGN = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+_LIBRARIES = {"torch", "numpy", "diffusers", "transformers", "accelerate", "peft"}
+_FOREIGN = {*_LIBRARIES, *sys.stdlib_module_names} - {"__main__"}
 _MEMBERS = (FunctionType, torch.Generator)
 _LONGEST = 1000  # a longer table is data
 _MOST = 100_000  # objects looked at
@@ -28,7 +29,9 @@ def reachable(*roots: object) -> list[torch.Generator]:
     Looks into attributes, lists, tuples, sets and dicts, partials, bound methods, the closures,
     defaults and wrapped forms of functions, and what the names in their code and in that of the
     methods of classes stand for, in their own module and in those that it imports. The inner life
-    of torch, numpy and the standard library is passed over, and so is what only C code can see.
+    of the standard library, of torch and numpy, and of the libraries that networks come from, which
+    hold no generators, is passed over; the modules of such a network are not. Neither is seen what
+    only C code can see.
 
     Example:
         >>> import torch

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watches the torch functions of a pipeline's own code, outside of its models.
+
+Three of them have no gradient where a pipeline uses them: a tensor filled with a guidance scale, a
+tensor made of one, and the conversion to numpy at the end. And the draws of a scheduler are seen.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Glue"]
+
+Draw = Callable[[tuple[int, ...], dict[str, Any]], Tensor | None]
+
+
+class Glue(TorchFunctionMode):
+    """A mode for the pipeline's own code; `paused` while a model runs.
+
+    ``draw`` is called with the shape and the keyword arguments of each standard normal draw; what
+    it returns takes its place, and with None the draw is made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draw: Draw | None = None
+        self._depth = 0
+
+    def __enter__(self) -> "Glue":
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._depth -= 1
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SPECIAL:
+            result = _SPECIAL[func](self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Turns the mode off for the time of a with statement, if it is on."""
+        if not self._depth:
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @contextmanager
+    def drawing(self, draw: Draw | None) -> Iterator[None]:
+        """Sets ``draw`` for the time of a with statement."""
+        before, self.draw = self.draw, draw
+        try:
+            yield
+        finally:
+            self.draw = before
+
+    def _randn(self, *size: Any, **kwargs: Any) -> Any:
+        if self.draw is None:
+            return NotImplemented
+        shape = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+        shape = kwargs.pop("size", shape)
+        drawn = self.draw(tuple(int(n) for n in shape), kwargs)
+        return NotImplemented if drawn is None else drawn
+
+    def _randn_like(self, x: Tensor, **kwargs: Any) -> Any:
+        if self.draw is None:
+            return NotImplemented
+        given = {k: v for k, v in kwargs.items() if k in ("dtype", "device", "generator")}
+        drawn = self.draw(tuple(x.shape), {"dtype": x.dtype, "device": x.device, **given})
+        return NotImplemented if drawn is None else drawn
+
+    def _full(self, size: Any, fill_value: Any, **kwargs: Any) -> Any:
+        if not _carries(fill_value):
+            return NotImplemented
+        fill = fill_value.to(kwargs.get("device"), kwargs.get("dtype") or fill_value.dtype)
+        return fill.reshape(()).expand(tuple(size))
+
+    def _tensor(self, data: Any, **kwargs: Any) -> Any:
+        if not _carries(data):
+            return NotImplemented
+        return data.to(kwargs.get("device"), kwargs.get("dtype") or data.dtype)
+
+    def _numpy(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return x.detach().numpy(*args, **kwargs) if x.requires_grad else NotImplemented
+
+
+def _carries(x: object) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    torch.randn: Glue._randn,
+    torch.randn_like: Glue._randn_like,
+    torch.full: Glue._full,
+    torch.tensor: Glue._tensor,
+    Tensor.numpy: Glue._numpy,
+}
+

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pipeline's run as a step map: one turn of its loop from state and history to the next ones.
+
+The history of a scheduler is whatever it keeps from one step to the next. A dry run tells where: in
+which attributes, and in which local variables of the pipeline, tensors change.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsampler.integrations.diffusers import parts
+from gradsampler.integrations.diffusers.loop import Head, Loop, Names
+from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, same
+from gradsampler.integrations.diffusers.session import Session
+from gradsampler.iteration import iterate
+from gradsampler.memory import Memory
+from gradsampler.noise.sources import NoiseSource
+
+__all__ = ["Carried", "run"]
+
+
+class Place(NamedTuple):
+    """Where a tensor is kept: a local variable, or an attribute of the scheduler or an item of it."""
+
+    owner: str  # "names" | "scheduler"
+    name: str
+    key: int | str | None = None
+
+
+class Carried:
+    """The tensors that go from turn to turn, and one flat tensor that holds them.
+
+    Args:
+        head: where the loop begins.
+        rehearsal: the dry run.
+
+    Raises:
+        Refused: where one of them changes its shape along the run.
+    """
+
+    def __init__(self, head: Head, rehearsal: Rehearsal) -> None:
+        first = rehearsal.turns[0].scheduler
+        boundaries = [(turn.names, turn.scheduler) for turn in rehearsal.turns]
+        boundaries.append((rehearsal.names, rehearsal.scheduler))
+        constant = dict(_tensors(head.names, first))
+        alive = [
+            {
+                place: x
+                for place, x in _tensors(names, scheduler)
+                if i == len(rehearsal.turns) or place.owner != "names" or place.name in head.names
+            }
+            for i, (names, scheduler) in enumerate(boundaries)
+        ]
+        changing = {
+            place for each in alive for place, x in each.items() if x is not constant.get(place)
+        }
+        self._like: dict[Place, Tensor] = {}
+        self.alive: list[list[Place]] = []  # by boundary, the places that hold a tensor
+        for each in alive:
+            self.alive.append([place for place in each if place in changing])
+            for place in self.alive[-1]:
+                like = self._like.setdefault(place, each[place])
+                if like.shape != each[place].shape:
+                    raise Refused(f"{place.name} changes its shape along the run")
+        self.result = _holding(alive[-1], rehearsal)
+        self._sizes = [x.numel() for x in self._like.values()]
+        self.dtype = torch.float32
+        for x in self._like.values():
+            self.dtype = torch.promote_types(self.dtype, x.dtype)
+
+    def packed(self, names: Names, scheduler: Mapping[str, Any], boundary: int) -> Tensor:
+        """All of them as one tensor [1, M]; zeros where one does not exist yet."""
+        found = dict(_tensors(names, scheduler))
+        alive = set(self.alive[boundary])
+        flat = [
+            (found[place] if place in alive else torch.zeros_like(x)).to(self.dtype).reshape(-1)
+            for place, x in self._like.items()
+        ]
+        return torch.cat(flat)[None]
+
+    def unpacked(self, x: Tensor, boundary: int) -> dict[Place, Tensor]:
+        """Those that exist at a boundary between two turns."""
+        alive = set(self.alive[boundary])
+        pieces = zip(self._like.items(), x[0].split(self._sizes), strict=True)
+        return {
+            place: piece.view(like.shape).to(like.dtype, copy=True)  # may be changed in place
+            for (place, like), piece in pieces
+            if place in alive
+        }
+
+
+def _holding(alive: Mapping[Place, Tensor], rehearsal: Rehearsal) -> Place:
+    """Where the last step's result is kept."""
+    steps = rehearsal.turns[-1].calls
+    for place, x in alive.items():
+        if steps and place.owner == "names" and same(x, steps[-1].returned[0]):
+            return place
+    raise Refused("what its last step returns is bound to no name")
+
+
+def _tensors(names: Names, scheduler: Mapping[str, Any]) -> Iterator[tuple[Place, Tensor]]:
+    """All floating tensors in local variables and in the attributes of a scheduler."""
+    for owner, values in (("names", names), ("scheduler", scheduler)):
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                items: list[tuple[Any, Any]] = [(None, value)]
+            elif isinstance(value, list) and owner == "scheduler":
+                items = list(enumerate(value))
+            elif type(value) is dict and owner == "scheduler":
+                items = list(value.items())
+            else:
+                continue
+            for key, x in items:
+                if isinstance(x, Tensor) and x.dtype.is_floating_point:
+                    yield Place(owner, name, key), x
+
+
+def _filled(values: Mapping[str, Any], tensors: Mapping[Place, Tensor], owner: str) -> Names:
+    """A copy of ``values`` with the tensors in their places."""
+    filled = {name: list(v) if type(v) is list else v for name, v in values.items()}
+    filled = {name: dict(v) if type(v) is dict else v for name, v in filled.items()}
+    for place, x in tensors.items():
+        if place.owner != owner:
+            continue
+        if place.key is None:
+            filled[place.name] = x
+        else:
+            filled[place.name][place.key] = x
+    return filled
+
+
+class _Map:
+    """One turn of the loop as a function of the packed state."""
+
+    def __init__(
+        self,
+        session: Session,
+        loop: Loop,
+        rehearsal: Rehearsal,
+        carried: Carried,
+        noise: NoiseSource | None,
+    ) -> None:
+        self._session, self._loop, self._rehearsal = session, loop, rehearsal
+        self._carried, self._noise = carried, noise
+        self._reached = -1
+
+    def __call__(
+        self,
+        x: Tensor,
+        i: int,
+        names: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        z0: Tensor | None = None,
+    ) -> Tensor:
+        session, turn = self._session, self._rehearsal.turns[i]
+        tensors = self._carried.unpacked(x, i)
+        parts.restored(session.scheduler, _filled(turn.scheduler, tensors, "scheduler"))
+        session.pipe.__dict__.update(attributes)
+        session.live = i > self._reached
+        self._reached = max(i, self._reached)
+
+        def draw(shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+            assert self._noise is not None
+            assert z0 is not None
+            drawn = self._noise.at(z0, i, len(self._rehearsal.turns))
+            return drawn.to(kwargs.get("dtype") or drawn.dtype)
+
+        try:
+            with session.glue, session.glue.drawing(draw if self._noise is not None else None):
+                before = _filled({**turn.names, **names}, tensors, "names")
+                after = self._loop.turn(before, turn.item)
+        finally:
+            session.live = True
+        return self._carried.packed(after, vars(session.scheduler), i + 1)
+
+
+def run(
+    session: Session,
+    loop: Loop,
+    rehearsal: Rehearsal,
+    carried: Carried,
+    *,
+    memory: str | Memory,
+    noise: NoiseSource | None,
+) -> tuple[Names, Tensor]:
+    """Runs the steps; the local variables that the loop ends with, and the state [B, *state].
+
+    Args:
+        session, loop, rehearsal, carried: the call.
+        memory: any strategy for step maps.
+        noise: takes the place of the scheduler's draws; None keeps them.
+    """
+    first, count = rehearsal.turns[0], len(rehearsal.turns)
+    cond: dict[str, Any] = session.carrying(first.names)
+    if noise is not None:
+        cond["z0"] = z0 = session.z0(rehearsal.start)
+        drawing = [i for i, turn in enumerate(rehearsal.turns) if turn.draws]
+        noise = noise.prepare(z0.detach(), drawing)
+    x = iterate(
+        _Map(session, loop, rehearsal, carried, noise),
+        carried.packed(first.names, first.scheduler, 0),
+        count,
+        memory=memory,
+        cond=cond,
+    )
+    tensors = carried.unpacked(x, count)
+    return _filled(rehearsal.names, tensors, "names"), tensors[carried.result]
