@@ -64,7 +64,7 @@ def train(images: Tensor, labels: Tensor, steps: int, seed: int) -> tuple[nn.Mod
     for _ in range(steps):
         index = torch.randint(len(images), (BATCH,))
         batch, _, _, target = open_sora.prepare_inputs(
-            images[index], {"label": labels[index]}, patch_size=None
+            images[index], {"label": labels[index]}, patch_size=None, clamp=True
         )
         loss = F.mse_loss(network(**batch), target)
         optimiser.zero_grad()

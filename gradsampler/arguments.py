@@ -115,13 +115,13 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
     """The noise source of the run, checked against its injections."""
     if noise is not None and not isinstance(noise, NoiseSource):
         _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
-    steps = list(dict.fromkeys(injection.step for injection in program.injections))
+    injected = program.noises
     if noise is None:
-        noise = SignedRoll(seed=0) if steps else Off()
-    elif not steps and not isinstance(noise, Off):
+        noise = SignedRoll(seed=0) if injected else Off()
+    elif not injected and not isinstance(noise, Off):
         warnings.warn(
             f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
             "window that covers levels of the run, or take a stochastic solver with eta > 0",
             stacklevel=5,
         )
-    return noise.prepare(z0, steps)
+    return noise.prepare(z0, injected)

@@ -19,10 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.coordinates import VE, Coordinates, FlowTime
+from gradsampler.elementary import Coefficient
 
-__all__ = ["EDM", "VP", "Flow", "Guided", "Parameterization", "Prediction", "parameterize"]
+__all__ = [
+    "EDM",
+    "VP",
+    "Coefficient",
+    "Flow",
+    "Guided",
+    "Parameterization",
+    "Prediction",
+    "parameterize",
+]
 
-Coefficient = float | Tensor  # a tensor is float64 and may carry a gradient to the levels
 Network = Callable[..., Tensor]
 
 
@@ -43,6 +53,11 @@ class Parameterization(ABC):
 
     network: Network
     level_dtype: torch.dtype | None = None  # of c_noise; None is the model's, float32 at least
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """What the state of a run is made of."""
+        return VE()
 
     @abstractmethod
     def preconditioning(self, sigma: Tensor) -> Preconditioning:
@@ -78,6 +93,10 @@ class Prediction(Parameterization):
 
     network: Network
     kind: str = "x0"  # "x0" | "epsilon" | "v" | "flow"
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return FlowTime() if self.kind == "flow" else VE()
 
     def preconditioning(self, sigma: Tensor) -> Preconditioning:
         if self.kind == "x0":

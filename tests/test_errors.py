@@ -111,9 +111,9 @@ CASES = {
     "churn-number": bad("churn", "Churn", "float", churn=40.0, error=TypeError),
     "solver-not-for-flow": bad(
         "solver",
-        "Res2Mid",
+        "DDPM",
         *gs.solvers.names(flow=True),
-        solver="res_2mid",
+        solver=gs.solvers.DDPM("fixed_large"),
         sigmas=TIMES,
         prediction="flow",
     ),

@@ -42,6 +42,7 @@ FLOORS = [
     "kernels.*",
     "noise.*",
     "parameterization schedules models.*",
+    "coordinates elementary",
     "_checks _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -58,15 +59,16 @@ ALONE = {"kernels.*", "models.*"}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
 THIRD_PARTY = {
-    "memory.*": {"checkpoint_schedules"},
     "engine.*": {"tqdm"},
     "optimization.*": {"tqdm"},
     "models.*": {"safetensors"},
+    "solvers.*": {"numpy"},
     "integrations.*": {"numpy", "tqdm"},
     "kernels.*": {"triton"},
 }
 THIRD_PARTY_IN_FUNCTIONS = {
     "app.*": {"matplotlib"},
+    "memory.*": {"checkpoint_schedules"},
     "ops.*": {"triton"},
 }
 

@@ -30,6 +30,14 @@ N = 12  # steps of the runs below, unless a test says otherwise
 BIG_SEED = 2**40 + 3
 
 
+def once(*steps):
+    """The noises of a run that draws once in each of these steps."""
+    return [(step, 0) for step in steps]
+
+
+ONCE = once(*range(N))
+
+
 def normal(shape, seed=0, dtype=torch.float64):
     draw = np.random.default_rng(seed).standard_normal(shape)
     return torch.from_numpy(np.asarray(draw)).to(dtype)
@@ -197,7 +205,7 @@ def test_at_is_a_pure_function(case):
 @STEPS
 def test_draw_holds_the_numbers_of_the_noise(case, step):
     z0 = normal((2, 3, 5))
-    source = case.source(z0).prepare(z0, range(N))
+    source = case.source(z0).prepare(z0, ONCE)
     draw = source.draw(z0, step, N)
     assert draw.step == step
     expected = case.formula(z0.numpy(), step, N)
@@ -539,7 +547,7 @@ def test_mixture_passes_on_the_tensors_of_the_other_and_their_gradient():
     mixture = Mixture(Given(tensors), 0.4)
     assert all(x is y for x, y in zip(mixture.tensors, tensors, strict=True))
     assert Mixture(SinCos(), 0.4).tensors == ()
-    prepared = mixture.prepare(z0, (2, 5, 6))
+    prepared = mixture.prepare(z0, once(2, 5, 6))
     pulled = prepared.transpose(g, z0, 5, N)
     assert pulled.z0 is None
     assert list(pulled.tensors) == [1]
@@ -563,7 +571,7 @@ def test_given_follows_the_run_it_is_prepared_for():
     z0 = normal((2, 3))
     tensors = tensors_like(z0, 3)
     source = Given(tensors)
-    prepared = source.prepare(z0, (0, 4, 7))
+    prepared = source.prepare(z0, once(0, 4, 7))
     for step, x in zip((0, 4, 7), tensors, strict=True):
         assert torch.equal(prepared.at(z0, step, 10), x)
         assert torch.equal(prepared.draw(z0, step, 10).given, x)
@@ -585,7 +593,7 @@ def test_given_refuses_a_step_without_a_tensor(step):
 def test_gradient_reaches_the_given_tensor_of_the_step_alone(dtype, step):
     z0, g = normal((2, 3)), normal((2, 3), seed=1)
     tensors = [x.to(dtype).requires_grad_() for x in tensors_like(z0, 3)]
-    source = Given(tensors).prepare(z0, (0, 4, 7))
+    source = Given(tensors).prepare(z0, once(0, 4, 7))
     out = source.at(z0, step, 10)
     assert out.dtype == z0.dtype
     expected = torch.autograd.grad(out, tensors, g, allow_unused=True)
@@ -633,7 +641,7 @@ def test_gradient_reaches_the_given_tensor_of_the_step_alone(dtype, step):
 def test_prepare_refuses_given_tensors_that_do_not_fit(tensors, fragments, wrap):
     z0 = normal((2, 3))
     with pytest.raises(ValueError, match="noise=Given") as caught:
-        wrap(Given(tensors(z0))).prepare(z0, (0, 4, 7))
+        wrap(Given(tensors(z0))).prepare(z0, once(0, 4, 7))
     assert all(fragment in str(caught.value) for fragment in fragments)
 
 
@@ -644,7 +652,7 @@ def test_prepare_refuses_given_tensors_that_do_not_fit(tensors, fragments, wrap)
 def test_prepare_changes_no_number(case):
     z0 = normal((2, 3, 4))
     source = case.source(z0)
-    prepared = source.prepare(z0, range(N))
+    prepared = source.prepare(z0, ONCE)
     assert type(prepared) is type(source)
     for step in (0, 5, N - 1):
         assert torch.equal(prepared.at(z0, step, N), source.at(z0, step, N))
@@ -658,7 +666,7 @@ def test_prepare_changes_no_number(case):
 )
 def test_prepare_refuses_to_roll_a_single_element(source, shape):
     with pytest.raises(ValueError, match=r"SignedRoll: z0 must hold at least 2 .* got 1$"):
-        source.prepare(normal(shape), range(N))
+        source.prepare(normal(shape), ONCE)
 
 
 @pytest.mark.parametrize(
@@ -666,13 +674,13 @@ def test_prepare_refuses_to_roll_a_single_element(source, shape):
 )
 def test_other_sources_take_a_single_element(source):
     z0 = normal((3, 1))
-    assert source.prepare(z0, range(N)).at(z0, 0, N).shape == (3, 1)
+    assert source.prepare(z0, ONCE).at(z0, 0, N).shape == (3, 1)
 
 
 def test_prepare_takes_two_elements_to_roll():
     z0 = normal((3, 2))
     source = SignedRoll()
-    assert source.prepare(z0, range(N)) == source
+    assert source.prepare(z0, ONCE) == source
     assert torch.equal(source.at(z0, 0, N).abs(), z0.flip(1).abs())
 
 
@@ -870,7 +878,7 @@ def test_default_transpose_of_a_noise_without_z0_sends_it_nothing(source):
 def test_a_source_of_ones_own_has_the_plain_defaults():
     source, z0 = Cubed(), normal((2, 3))
     assert source.tensors == ()
-    assert source.prepare(z0, range(N)) is source
+    assert source.prepare(z0, ONCE) is source
     assert source.draw(z0, 0, N) is None
     assert Mixture(source, 0.3).draw(z0, 0, N) is None
 

@@ -323,7 +323,7 @@ def test_a_network_that_detaches_is_diagnosed(broken, memory):
 
 def test_shift_of_a_resolution_clamped():
     # 1 + 2 clamp((H W / 4 - 256^2) / (1024^2 - 256^2), 0, 1), by hand.
-    shift = open_sora.get_res_lin_function()
+    shift = open_sora.get_res_lin_function(clamp=True)
     span = 1024**2 - 256**2
     for pixels in (256**2, 300**2, 640**2, 1000**2, 1024**2):
         expected = 1 + 2 * Fraction(pixels - 256**2, span)
@@ -333,10 +333,33 @@ def test_shift_of_a_resolution_clamped():
 
 
 def test_shift_of_a_resolution_as_upstream_has_it():
-    shift = open_sora.get_res_lin_function(clamp=False)
+    shift = open_sora.get_res_lin_function()
     for tokens in (64, 256, 576, 2304, 4096, 9216):
         expected = 1 + 2 * Fraction(tokens - 256, 4096 - 256)
         assert shift(tokens) == pytest.approx(float(expected), rel=1e-14)
+    for ends in ((256, 1, 4096, 3), (256, 1.0, 4096, 1.5), (100, 0.5, 7000, 1.15)):
+        m = (ends[3] - ends[1]) / (ends[2] - ends[0])
+        b = ends[1] - m * ends[0]
+        shift = open_sora.get_res_lin_function(*ends)
+        assert all(shift(x) == m * x + b for x in range(0, 10_000, 7)), "not to the bit"
+
+
+def test_a_drop_in_keeps_the_times_it_had():
+    """The lines of train.py, with numbers of its resolutions, and in their place ours."""
+    for shape in ((1, 16, 1, 128, 96), (4, 16, 33, 32, 32), (2, 16, 5, 16, 16)):
+        x0 = torch.zeros(shape)
+        alpha = (3 - 1) / (4096 - 256) * (shape[-1] * shape[-2] // 4) + (
+            1 - (3 - 1) / (4096 - 256) * 256
+        )
+        alpha *= math.sqrt(shape[-3])
+        torch.manual_seed(0)
+        t = torch.sigmoid(torch.randn(shape[0]))
+        t = alpha * t / (1 + (alpha - 1) * t)
+        torch.manual_seed(0)
+        torch.testing.assert_close(open_sora.sample_timesteps(x0), t, rtol=3e-7, atol=0)
+        torch.manual_seed(0)
+        batch, *_ = open_sora.prepare_inputs(x0)
+        torch.testing.assert_close(batch["timesteps"], t, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("clamp", [True, False])
@@ -391,7 +414,7 @@ def test_the_worked_example():
     video = torch.zeros(16, 16, frames, side, side)
     shift = open_sora.get_res_lin_function()(side * side // 4) * math.sqrt(frames)
     assert round(shift, 2) == 2.24
-    assert open_sora.get_res_lin_function(clamp=False)(side * side // 4) == 1.0
+    assert open_sora.get_res_lin_function(clamp=True)(side * side // 4) == 1.0
     torch.manual_seed(3)
     inputs, x0, x1, target = open_sora.prepare_inputs(video)
     assert x0.shape == x1.shape == target.shape == inputs["img"].shape == (16, 1280, 64)

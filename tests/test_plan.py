@@ -230,11 +230,13 @@ def test_factors_follow_from_the_times_of_one_call():
     forward, backward = plan.footprint.forward_seconds, plan.footprint.backward_seconds
     assert forward > 0
     assert backward > 0
-    assert [row.name for row in plan] == ["store", "checkpoint", "revolve:19"]
+    assert [row.name for row in plan] == ["store", "checkpoint", "revolve:18"]
     store, checkpoint, revolve = plan
     assert store.factor == 1.0
     assert checkpoint.factor == pytest.approx((2 * forward + backward) / (forward + backward))
-    assert revolve.evaluations == 39 / 20  # the last call is not made again
+    assert revolve.evaluations == 40 / 20
+    # With all states the last call is not made again either, but then nothing is saved.
+    assert plan.predictor.revolve(19).evaluations == 39 / 20
     # Griewank and Walther 2000: N = 20 takes 53 calls with 5 slots, 48 with 10.
     assert [plan.predictor.revolve(c).evaluations for c in (5, 10)] == [53 / 20, 48 / 20]
 
@@ -253,6 +255,21 @@ def test_revolve_takes_the_most_slots_that_fit():
         row = list(plan)[-1]
         assert row.fits
         assert row.peak <= budget < plan.predictor.revolve(row.memory.slots + 1).peak
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "heun"])
+def test_the_row_of_revolve_saves_memory_with_the_fewest_calls(solver):
+    z0, levels_ = torch.zeros(4, 4096), levels(20)
+    plan = gs.memory.plan(lambda x, s: x.tanh().cos(), z0, levels_, solver=solver, budget=2**30)
+    checkpoint, row = list(plan)[-2:]
+    assert row.peak < checkpoint.peak
+    assert row.memory.slots < plan.predictor.most_slots()
+    saving = [
+        each.evaluations
+        for each in map(plan.predictor.revolve, range(1, plan.predictor.most_slots()))
+        if each.peak < checkpoint.peak
+    ]
+    assert row.evaluations == min(saving)
 
 
 def test_the_best_is_the_fastest_that_fits():

@@ -87,6 +87,7 @@ class RandomSolver(Solver):
         self.rng = rng
         self.num_evaluations = [rng.randint(1, 3) for _ in range(num_steps)]
         self.noisy = [rng.random() < 0.6 for _ in range(num_steps)]
+        self.draws = [rng.randint(1, 3) for _ in range(num_steps)]
         self.again = [rng.random() < 0.5 for _ in range(num_steps)]
 
     def combination(self, slots):
@@ -103,8 +104,9 @@ class RandomSolver(Solver):
             seen += [x, denoised]
             x = new
         if self.noisy[run.step]:
-            x = x + self.rng.randint(1, 2) * run.noise()
-            self.noises.append(run.noise())
+            for _ in range(self.draws[run.step]):
+                self.noises.append(run.noise())
+                x = x + self.rng.randint(1, 2) * self.noises[-1]
             if self.again[run.step]:  # noise of an earlier step once more
                 x = x + self.rng.randint(1, 2) * self.rng.choice(self.noises)
         return x
@@ -143,10 +145,9 @@ quickly = settings(derandomize=True, deadline=None, max_examples=60, database=No
 def matrix(program, model):
     """The run as a matrix [SIZE, (1 + noises) * SIZE] over z0 and the noises, in order."""
     numbers = program.coefficients.detach()
-    steps = sorted({injection.step for injection in program.injections})
-    eye = torch.eye((1 + len(steps)) * SIZE, dtype=F64)
+    eye = torch.eye((1 + len(program.noises)) * SIZE, dtype=F64)
     first, *rest = eye.split(SIZE)
-    noise = dict(zip(steps, rest, strict=True))
+    noise = dict(zip(program.noises, rest, strict=True))
     slots = {Z0: first}
     for instruction in program.instructions:
         if isinstance(instruction, Stage):
@@ -154,7 +155,7 @@ def matrix(program, model):
             for slot, c in instruction.terms:
                 value = value + numbers[c] * slots[slot]
             for injection in instruction.injections:
-                value = value + numbers[injection.coefficient] * noise[injection.step]
+                value = value + numbers[injection.coefficient] * noise[injection.noise]
             slots[instruction.writes] = value
         else:
             jacobians = model.maps[round(numbers[instruction.c_noise].item()) - 1]
@@ -175,11 +176,11 @@ def taken_apart(instructions):
             yield instruction
 
 
-def transposed_matrix(transposed, model, output):
+def transposed_matrix(transposed, model, output, order):
     """A transposed program as a matrix [(1 + noises) * SIZE, SIZE] over output's cotangent."""
     numbers = transposed.coefficients.detach()
     slots = {output: torch.eye(SIZE, dtype=F64)}
-    absorbed = {}  # by step
+    absorbed = {}  # by step and draw
     for instruction in taken_apart(transposed.instructions):
         if isinstance(instruction, Stage):
             value = torch.zeros(SIZE, SIZE, dtype=F64)
@@ -195,11 +196,11 @@ def transposed_matrix(transposed, model, output):
             )
         else:
             assert isinstance(instruction, Absorption)
-            step, c = instruction.injection
+            noise, c = instruction.injection.noise, instruction.injection.coefficient
             pulled = numbers[c] * slots[instruction.state]
-            absorbed[step] = absorbed[step] + pulled if step in absorbed else pulled
+            absorbed[noise] = absorbed[noise] + pulled if noise in absorbed else pulled
     assert transposed.output == Z0
-    return torch.cat([slots[Z0], *(absorbed[step] for step in sorted(absorbed))])
+    return torch.cat([slots[Z0], *(absorbed[noise] for noise in order)])
 
 
 @quickly
@@ -207,7 +208,9 @@ def transposed_matrix(transposed, model, output):
 def test_the_transposed_program_is_the_transposed_matrix(case):
     forward = matrix(case.program, case.model)
     for transposed in (transpose(case.program), fused(transpose(case.program))):
-        backward = transposed_matrix(transposed, case.model, case.program.output)
+        backward = transposed_matrix(
+            transposed, case.model, case.program.output, case.program.noises
+        )
         assert torch.equal(backward, forward.mT)
 
 
@@ -385,11 +388,23 @@ def test_the_first_stage_starts_at_the_first_level_with_its_noise():
 def test_a_noise_that_is_added_twice_is_one_injection():
     class Twice(Solver):
         def step(self, run, x, s, t):
-            return x + run.noise() + 0.5 * run.noise()
+            noise = run.noise()
+            return x + noise + 0.5 * noise
 
     program = Twice().program(f64(2, 1), Prediction(None))
     ((injection,),) = (stage.injections for stage in program.stages)
     assert program.coefficients[injection.coefficient].item() == 1.5
+
+
+def test_each_call_of_noise_is_a_new_draw():
+    class Twice(Solver):
+        def step(self, run, x, s, t):
+            return x + run.noise() + 0.5 * run.noise()
+
+    program = Twice().program(f64(3, 2, 1), Prediction(None))
+    assert program.noises == ((0, 0), (0, 1), (1, 0), (1, 1))
+    amounts = [program.coefficients[i.coefficient].item() for i in program.injections]
+    assert amounts == [1.0, 0.5, 1.0, 0.5]
 
 
 def test_a_stage_may_inject_the_noises_of_two_steps():
@@ -507,7 +522,7 @@ def test_expressions_are_linear():
     a, b = Affine({Slot("x", 1): 2.0}), Affine({Slot("x", 1): 1.0, Slot("d", 0): 4.0})
     total = (3 * a - b / 2 + run.noise()) * 2.0
     assert total.terms == {Slot("x", 1): 11.0, Slot("d", 0): -4.0}
-    assert total.noises == {0: 2.0}
-    assert (-total).noises == {0: -2.0}
-    assert (total + total).noises == {0: 4.0}
+    assert total.noises == {(0, 0): 2.0}
+    assert (-total).noises == {(0, 0): -2.0}
+    assert (total + total).noises == {(0, 0): 4.0}
     assert a.terms == {Slot("x", 1): 2.0}

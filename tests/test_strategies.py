@@ -853,8 +853,8 @@ def interpreted(program, model, z0, noise, first, shift):
             if not cut and isinstance(after, Evaluation) and after.step >= first > 0:
                 cut, x = True, x.detach()
                 slots = {slot: value.detach() for slot, value in slots.items()} | {Z0: z0}
-            for step, k in instruction.injections:
-                added = c[k] * noise.at(z0, step, program.num_steps)
+            for step, draw, k in instruction.injections:
+                added = c[k] * noise.at(z0, step, program.num_steps, draw)
                 x = x + (added if step >= first or first <= 0 else added.detach())
             slots[instruction.writes] = x
         else:
@@ -879,8 +879,8 @@ def test_truncated_against_an_interpreter(solver, kind, inner):
 
         def loop(first=first):
             program = method.program(sigmas, model, churn=options.get("churn"), final_denoise=False)
-            steps = list(dict.fromkeys(i.step for i in program.injections))
-            return interpreted(program, model, z0, noise.prepare(z0, steps), first, shift)
+            fitted = noise.prepare(z0, program.noises)
+            return interpreted(program, model, z0, fitted, first, shift)
 
         def run(steps=steps):
             cond, memory = {"shift": shift}, Truncated(steps, inner)

@@ -310,8 +310,8 @@ class Adjoint:
         """The injection as numbers, if a kernel can pull a cotangent back through it."""
         if absorption is None:
             return None
-        step, num_steps = absorption.injection.step, self._trajectory.program.num_steps
-        draw = self._trajectory.noise.draw(self._z0, step, num_steps)
+        name = self._trajectory.name(absorption.injection)
+        draw = self._trajectory.noise.draw(self._z0, *name)
         return None if draw is None or draw.kind == GIVEN else draw
 
     def _absorb(
@@ -321,13 +321,13 @@ class Adjoint:
 
         With ``done`` the share of z0 is known already, and the amount of noise is what remains.
         """
-        noise, num_steps = self._trajectory.noise, self._trajectory.program.num_steps
-        step, position = absorption.injection
+        noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
+        position = absorption.injection.coefficient
         if self._levels:
-            gradients.number(position, noise.at(self._z0, step, num_steps), lam)
+            gradients.number(position, noise.at(self._z0, *name), lam)
         if done:
             return
-        cotangent = noise.transpose(lam * self._numbers[position], self._z0, step, num_steps)
+        cotangent = noise.transpose(lam * self._numbers[position], self._z0, *name)
         gradients.add_z0(cotangent.z0)
         for k, gradient in cotangent.tensors.items():
             gradients.tensor(len(self._cond) + k, gradient)

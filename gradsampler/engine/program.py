@@ -13,6 +13,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
     absorption  cot(z0)  += s * n_i'(z0)^T cot(x_j)
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization
 
 __all__ = [
@@ -50,7 +52,7 @@ class Slot(NamedTuple):
 
 
 Z0 = Slot("z0")
-Key = TypeVar("Key", Slot, int)
+Key = TypeVar("Key", Slot, Injected)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
 
 
@@ -58,7 +60,13 @@ class Injection(NamedTuple):
     """Noise that a stage adds."""
 
     step: int  # absolute step index, the i of n_i
+    draw: int  # which of the step's noises, 0 for the first
     coefficient: int  # position of s
+
+    @property
+    def noise(self) -> Injected:
+        """What names the noise, which other stages may inject too."""
+        return self.step, self.draw
 
 
 @dataclass(frozen=True)
@@ -158,8 +166,13 @@ class Program:
 
     @property
     def injections(self) -> tuple[Injection, ...]:
-        """The injections in order; a step's noise may be injected by more than one stage."""
+        """The injections in order; a noise may be injected by more than one stage."""
         return tuple(injection for stage in self.stages for injection in stage.injections)
+
+    @property
+    def noises(self) -> tuple[Injected, ...]:
+        """The noises of the run, each once, in the order in which they are first injected."""
+        return tuple(dict.fromkeys(injection.noise for injection in self.injections))
 
     def readers(self) -> dict[Slot, Terms]:
         """For each slot the states computed from it, with the positions of the coefficients."""
@@ -235,15 +248,15 @@ def fused(transposed: Program) -> Program:
 
 
 class Affine:
-    """A linear combination of slots and of the steps' noises, as a solver writes it."""
+    """A linear combination of slots and of noises, as a solver writes it."""
 
     def __init__(
         self,
         terms: Mapping[Slot, Coefficient] = MappingProxyType({}),
-        noises: Mapping[int, Coefficient] = MappingProxyType({}),
+        noises: Mapping[Injected, Coefficient] = MappingProxyType({}),
     ) -> None:
         self.terms = terms
-        self.noises = noises  # by step
+        self.noises = noises
 
     def __add__(self, other: "Affine") -> "Affine":
         return Affine(_sum(self.terms, other.terms), _sum(self.noises, other.noises))
@@ -251,7 +264,7 @@ class Affine:
     def __mul__(self, factor: Coefficient) -> "Affine":
         return Affine(
             {slot: c * factor for slot, c in self.terms.items()},
-            {step: c * factor for step, c in self.noises.items()},
+            {noise: c * factor for noise, c in self.noises.items()},
         )
 
     __rmul__ = __mul__
@@ -269,8 +282,14 @@ class Affine:
 class Denoised(NamedTuple):
     """A prediction that a solver made earlier in the run."""
 
-    sigma: Tensor  # 0-d
+    sigma: Coefficient
     value: Affine
+    state: Affine  # that it was made from
+
+    @property
+    def slope(self) -> Affine:
+        """dx/ds = (x - D)/s there."""
+        return (self.state - self.value) / self.sigma
 
 
 class Recorder:
@@ -280,20 +299,27 @@ class Recorder:
         self.num_steps = num_steps
         self.step = 0  # the current one; the solver's loop advances it
         self.predictions: list[Denoised] = []  # all so far, the latest last
+        self.coordinates = model.coordinates
         self._model = model
         self._numbers: list[Tensor] = []
         self._instructions: list[Instruction] = []
         self._evaluations = 0
+        self._draws: Counter[int] = Counter()  # by step
 
     def z0(self) -> Affine:
         """The initial noise."""
         return Affine({Z0: 1.0})
 
     def noise(self) -> Affine:
-        """The noise of the current step."""
-        return Affine(noises={self.step: 1.0})
+        """Noise of the current step: a new draw at each call, independent of the others.
 
-    def denoise(self, x: Affine, sigma: Tensor) -> tuple[Affine, Affine]:
+        To inject one noise at several places, keep what this returns.
+        """
+        draw = self._draws[self.step]
+        self._draws[self.step] += 1
+        return Affine(noises={(self.step, draw): 1.0})
+
+    def denoise(self, x: Affine, sigma: Coefficient) -> tuple[Affine, Affine]:
         """Ends a stage at the state ``x`` and evaluates the model there.
 
         Returns:
@@ -301,7 +327,7 @@ class Recorder:
         """
         state = self._write(x)
         call = state.call
-        maps = self._model.preconditioning(sigma)
+        maps = self._model.preconditioning(torch.as_tensor(sigma, dtype=torch.float64))
         outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
         here = Affine({state: 1.0})
         denoised = here * maps.c_skip + Affine(dict(zip(outputs, maps.c_out, strict=True)))
@@ -317,18 +343,34 @@ class Recorder:
             )
         )
         self._evaluations += 1
-        self.predictions.append(Denoised(sigma, denoised))
+        self.predictions.append(Denoised(sigma, denoised, here))
         return here, denoised
 
-    def before(self, sigma: Tensor) -> Denoised | None:
+    def before(self, sigma: Coefficient) -> Denoised | None:
         """What the model predicted before the latest, for multistep methods.
 
         None in the first step, and where churn has raised the level ``sigma`` to that of the
         prediction or above: it would then lie on the wrong side.
         """
-        if len(self.predictions) < 2 or not self.predictions[-2].sigma > sigma * (1 + 1e-6):
-            return None
-        return self.predictions[-2]
+        return next(iter(self.history(sigma, 1)), None)
+
+    def history(self, sigma: Coefficient, count: int) -> list[Denoised]:
+        """What the model predicted before the latest, at levels that rise from ``sigma``.
+
+        Args:
+            sigma: the level of the latest.
+            count: how many predictions at most.
+
+        Returns:
+            The predictions, the later first.
+        """
+        found: list[Denoised] = []
+        for earlier in self.predictions[-2::-1][:count]:
+            if not earlier.sigma > sigma * (1 + 1e-6):
+                break
+            found.append(earlier)
+            sigma = earlier.sigma
+        return found
 
     def finish(self, x: Affine) -> Program:
         """Ends the last stage and returns the program."""
@@ -337,7 +379,7 @@ class Recorder:
         return Program(tuple(self._instructions), numbers, self.num_steps, output)
 
     def _write(self, x: Affine) -> Slot:
-        injections = tuple(Injection(step, self._number(c)) for step, c in x.noises.items())
+        injections = tuple(Injection(*noise, self._number(c)) for noise, c in x.noises.items())
         slot = Slot("x", self._evaluations)
         self._instructions.append(Stage(slot, self._terms(x), injections))
         return slot

@@ -21,7 +21,7 @@ from gradsampler.engine.program import (
     Stage,
     Terms,
 )
-from gradsampler.noise.sources import Draw, NoiseSource, draw_of
+from gradsampler.noise.sources import Draw, NoiseSource, draw_of, name_of
 from gradsampler.ops.backends import MAX_TERMS, Backend
 from gradsampler.parameterization import Parameterization
 
@@ -170,8 +170,8 @@ class Trajectory:
         draws: list[tuple[Draw | None, Any]] = []
         for injection, amount in zip(injections, amounts, strict=True):
             assert z0 is not None
-            step, num_steps = injection.step, self.program.num_steps
-            draws.append((draw_of(self.noise, z0, step, num_steps, self.state_dtype), amount))
+            named = (injection.step, self.program.num_steps, injection.draw)
+            draws.append((draw_of(self.noise, z0, *named, self.state_dtype), amount))
         wide = torch.promote_types(self.state_dtype, torch.float32)
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
@@ -181,6 +181,10 @@ class Trajectory:
             tensors = [partial, *tensors[MAX_TERMS:]]
             factors = [1.0, *factors[MAX_TERMS:]]
         return tensors, factors, z0, *(draws[0] if draws else (None, 0.0))
+
+    def name(self, injection: Injection) -> tuple[int, ...]:
+        """What the noise of an injection is called, as an argument of its source."""
+        return name_of(injection.step, self.program.num_steps, injection.draw)
 
     def model_input(
         self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None, numbers: Numbers

@@ -145,4 +145,4 @@ def _source(
                 stacklevel=4,
             )
         return step_noise
-    return step_noise.prepare(z0, steps) if steps else step_noise
+    return step_noise.prepare(z0, [(step, 0) for step in steps]) if steps else step_noise

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.engine.replay import RandomState
@@ -40,8 +41,8 @@ class OpenChurn(Churn):
             return 0.0
         return min(self.s_churn / (num_steps + 1), math.sqrt(1.2) - 1)
 
-    def raised(self, run: Recorder, sigma: Tensor) -> tuple[Affine, Tensor]:
-        if self.idle and self.s_churn == 0 and self.s_tmin < sigma.item() < self.s_tmax:
+    def raised(self, run: Recorder, sigma: Coefficient) -> tuple[Affine, Coefficient]:
+        if self.idle and self.s_churn == 0 and self.s_tmin < as_float(sigma) < self.s_tmax:
             return 0.0 * run.noise(), sigma
         return super().raised(run, sigma)
 
@@ -77,7 +78,7 @@ class Drawn(NoiseSource):
         self._before: dict[int, RandomState] = {}
 
     @torch.no_grad()
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         now = RandomState(z0.device)
         if step not in self._before:
             self._before[step] = now
@@ -98,7 +99,9 @@ class Drawn(NoiseSource):
             return noise.to(z0.dtype)
         return ((self._x + amount * noise).to(z0.dtype) - self._x.to(z0.dtype)) / amount
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
         return Cotangent(None, {})
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.integrations._res import (
     Amounts,
@@ -35,8 +36,9 @@ from gradsampler.integrations._res import (
 from gradsampler.memory import Memory
 from gradsampler.noise.sources import NoiseSource, Off, SinCos
 from gradsampler.sampling import integrate
-from gradsampler.solvers import Churn, Euler, Res2Mid, Res2MidStable, Solver
-from gradsampler.solvers.res import first_order, second_order
+from gradsampler.solvers import Churn, Euler, HeunEDMx0, Kutta3, Res2Mid, Res2MidStable, Solver
+from gradsampler.solvers.exponential import first_order
+from gradsampler.solvers.res import second_order
 
 __all__ = [
     "COMMON_SOLVER_OPTIONS",
@@ -98,49 +100,25 @@ class TwoStep(Solver):
     Where it has put it above the previous one, `solvers.Res2AB` takes Euler's step instead.
     """
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         if len(run.predictions) < 2:
             return first_order(x, denoised, s, t)
         last = run.predictions[-2]
-        if math.isclose(last.sigma.item(), s.item(), rel_tol=1e-6):
-            got = f"{last.sigma.item()} and {s.item()}"
+        if math.isclose(as_float(last.sigma), as_float(s), rel_tol=1e-6):
+            got = f"{as_float(last.sigma)} and {as_float(s)}"
             _checks.fail("S_churn", "lead two steps to different levels", got, "change the window")
-        return second_order(x, denoised, last.value, s, last.sigma, t)
-
-
-@dataclass(frozen=True)
-class HeunEDM(Solver):
-    """``2heun_edm``: Euler's step with the mean of the predictions at both ends."""
-
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
-        x, denoised = run.denoise(x, s)
-        _, at_t = run.denoise(first_order(x, denoised, s, t), t)
-        return first_order(x, 0.5 * (denoised + at_t), s, t)
+        return second_order(run, x, denoised, last.value, s, last.sigma, t)
 
 
 @dataclass(frozen=True)
 class HeunNaive(Solver):
     """``2heun_naive``: Heun's method but for its first slope, taken at the predicted state."""
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         ahead, at_t = run.denoise(first_order(x, denoised, s, t), t)
         return x + 0.5 * (t - s) * ((ahead - denoised) / s + (ahead - at_t) / t)
-
-
-@dataclass(frozen=True)
-class KuttaNaive(Solver):
-    """``3kutta_naive``: Kutta's third-order method on dx/ds = (x - D)/s."""
-
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
-        x, denoised = run.denoise(x, s)
-        h, m = t - s, (s + t) / 2
-        first = (x - denoised) / s
-        half, denoised = run.denoise(x + 0.5 * h * first, m)
-        second = (half - denoised) / m
-        end, denoised = run.denoise(x + h * (2.0 * second - first), t)
-        return x + h / 6 * (first + 4.0 * second + (end - denoised) / t)
 
 
 _MULTISTEP: dict[str, Solver] = {"2ab": TwoStep()}
@@ -148,9 +126,9 @@ _RUNGE_KUTTA: dict[str, Solver] = {
     "1euler": Euler(),
     "2mid": Res2Mid(),
     "2mid_stable": Res2MidStable(),
-    "2heun_edm": HeunEDM(),
+    "2heun_edm": HeunEDMx0(),
     "2heun_naive": HeunNaive(),
-    "3kutta_naive": KuttaNaive(),
+    "3kutta_naive": Kutta3(),
 }
 
 
@@ -408,7 +386,7 @@ def _solved(
     if noise is None:
         noise = Drawn(x.detach(), amounts) if amounts else Off()
     else:
-        noise = _announced(noise, churn, amounts).prepare(z0, list(amounts))
+        noise = _announced(noise, churn, amounts).prepare(z0, program.noises)
     if callback_fns:
         on_device = levels.detach().to(x.device)
         model.callback = Callback(callback_fns, noise, amounts, z0.detach(), on_device)

@@ -67,13 +67,13 @@ def get_res_lin_function(
     x2: float | None = None,
     y2: float = 3.0,
     *,
-    clamp: bool = True,
+    clamp: bool = False,
 ) -> Callable[[float], float]:
     """The shift for a resolution, linear from y1 at x1 to y2 at x2.
 
-    The argument of the function is ``H * W / 4``. The two forms have ends of their own: clamped
-    they are pixels, 256^2 and 1024^2, and the shift stays between y1 and y2; with ``clamp=False``
-    they are, as in Open-Sora, tokens a latent frame, 256 and 4096, and the line goes on.
+    The argument of the function is ``H * W / 4``. The two forms have ends of their own: as in
+    Open-Sora they are tokens a latent frame, 256 and 4096, and the line goes on beyond them; with
+    ``clamp=True`` they are pixels, 256^2 and 1024^2, and the shift stays between y1 and y2.
 
     Args:
         x1, x2: the ends, x1 below x2; None takes those above.
@@ -87,10 +87,11 @@ def get_res_lin_function(
         TypeError, ValueError: an argument is not as above.
 
     Example:
-        >>> get_res_lin_function()(640**2), get_res_lin_function()(2048**2)
-        (1.7, 3.0)
-        >>> get_res_lin_function(clamp=False)(48 * 48 // 4)
+        >>> get_res_lin_function()(48 * 48 // 4)
         1.1666666666666667
+        >>> clamped = get_res_lin_function(clamp=True)
+        >>> clamped(640**2), clamped(2048**2)
+        (1.7, 3.0)
     """
     ends = (256.0**2, 1024.0**2) if clamp else (256.0, 4096.0)
     low = ends[0] if x1 is None else _checks.finite("get_res_lin_function: x1", x1)
@@ -100,9 +101,13 @@ def get_res_lin_function(
     if not high > low:
         _checks.fail("get_res_lin_function: x2", f"be above x1 = {low}", high)
 
+    slope = (y2 - y1) / (high - low)
+
     def shift(x: float) -> float:
-        part = (_checks.finite("get_res_lin_function: the argument", x) - low) / (high - low)
-        return y1 + (y2 - y1) * (min(max(part, 0.0), 1.0) if clamp else part)
+        x = _checks.finite("get_res_lin_function: the argument", x)
+        if clamp:
+            return y1 + (y2 - y1) * min(max((x - low) / (high - low), 0.0), 1.0)
+        return slope * x + (y1 - slope * low)  # rounded as Open-Sora's
 
     return shift
 
@@ -111,7 +116,7 @@ def sample_timesteps(
     x0: Tensor,
     latent_shape: Sequence[int] | None = None,
     *,
-    clamp: bool = True,
+    clamp: bool = False,
     seed: int | None = None,
 ) -> Tensor:
     """Times to train at: ``sigmoid(N(0, 1))``, shifted for the resolution and the frames.
@@ -150,7 +155,7 @@ def prepare_inputs(
     sigma_min: float = 1e-5,
     guidance: float = 4.0,
     patch_size: int | None = 2,
-    clamp: bool = True,
+    clamp: bool = False,
     seed: int | None = None,
     backend: str | None = None,
 ) -> Inputs:

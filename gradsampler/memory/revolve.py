@@ -1,36 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep a few states, compute the rest again, with the least number of model calls.
-
-The schedule is the optimal one of Griewank and Walther 2000, "Algorithm 799: revolve", ACM TOMS
-26(1), from the package checkpoint-schedules. Its step j is evaluation j with the stages after it.
-"""
+"""Keep a few states, compute the rest again, with the least number of model calls."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from checkpoint_schedules import (
-    CheckpointSchedule,
-    Copy,
-    EndForward,
-    Forward,
-    Move,
-    MultistageCheckpointSchedule,
-    Reverse,
-    StorageType,
-)
 from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
 from gradsampler.engine.program import Z0, Evaluation, Program, Slot
 from gradsampler.engine.trajectory import Evaluate, Trajectory
+from gradsampler.memory import multistage
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.files import Folder
 from gradsampler.memory.host import Pinned
+from gradsampler.memory.multistage import Advance, Restore, Tape
 from gradsampler.memory.offload import check_target
 from gradsampler.memory.snapshots import Place, Snapshot
 from gradsampler.memory.store import Store
@@ -60,6 +48,7 @@ class Revolve(Memory):
             that of ``slots``; or an existing folder, whose files are those of `Offload`.
 
     Raises:
+        ImportError: where the package checkpoint-schedules is not installed.
         OSError: in the run, where the folder does not take the snapshots of the run; in backward,
             where it does not take others, or where a file is not what was written.
 
@@ -83,6 +72,7 @@ class Revolve(Memory):
         _checks.integer("Revolve: slots", self.slots, 1)
         _checks.integer("Revolve: further", self.further, 0)
         check_target("Revolve: to", self.to)
+        multistage.package()
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -126,7 +116,7 @@ class _Revolving(Adjoint):
         self._starts = [k for k, i in enumerate(instructions) if isinstance(i, Evaluation)]
         self._starts.append(len(instructions))
         self._silent = trajectory.unobserved()
-        self._schedule: CheckpointSchedule | None = None
+        self._schedule: Iterator[Advance | Tape | Restore] | None = None
         super().__init__(trajectory, Resident(), z0)  # which stays empty
 
     def _run(self) -> Tensor:
@@ -152,20 +142,19 @@ class _Revolving(Adjoint):
         trajectory.execute(self._work, 0, self._starts[0], self._z0, self._numbers, evaluate)
         memory, count = self._memory, len(self._evaluations)
         self._place = memory.place(self._trajectory.program, self._z0.device)
-        self._schedule = MultistageCheckpointSchedule(count, memory.slots, memory.further)
+        self._schedule = multistage.schedule(count, memory.slots, memory.further)
         for action in self._schedule:
-            if isinstance(action, EndForward):
+            if isinstance(action, Tape):
                 return
-            if isinstance(action, Forward) and not action.write_adj_deps:
+            if isinstance(action, Advance):
                 self._advance(action, trajectory, evaluate)
 
-    def _advance(self, action: Forward, trajectory: Trajectory, evaluate: Evaluate) -> None:
-        """From evaluation n0 to before evaluation n1, with a snapshot at n0 if that is asked."""
-        if action.write_ics:
-            place = self._place if action.storage == StorageType.DISK else None
+    def _advance(self, action: Advance, trajectory: Trajectory, evaluate: Evaluate) -> None:
+        if action.snapshot:
+            place = self._place if action.further else None
             given = {Z0, *trajectory.constants}
-            self._snapshots[action.n0] = Snapshot(self._work, given, place)
-        start, stop = self._starts[action.n0], self._starts[action.n1]
+            self._snapshots[action.start] = Snapshot(self._work, given, place)
+        start, stop = self._starts[action.start], self._starts[action.stop]
         trajectory.execute(self._work, start, stop, self._z0, self._numbers, evaluate)
 
     def _tape(self, evaluation: Evaluation) -> None:
@@ -197,21 +186,19 @@ class _Revolving(Adjoint):
     def _again(self, evaluation: Evaluation) -> Call:
         """Goes on with the schedule until it has this evaluation's call."""
         assert self._schedule is not None
-        for action in self._schedule:
-            if isinstance(action, (Copy, Move)):
-                self._work = self._snapshots[action.n].slots()
-                if isinstance(action, Move):
-                    self._snapshots.pop(action.n).drop()
-            elif isinstance(action, Forward) and action.write_adj_deps:
+        while self._taped is None:
+            action = next(self._schedule)
+            if isinstance(action, Restore):
+                self._work = self._snapshots[action.evaluation].slots()
+                if action.last:
+                    self._snapshots.pop(action.evaluation).drop()
+            elif isinstance(action, Tape):
                 self._tape(evaluation)
-            elif isinstance(action, Forward):
-                with self._circumstances[self._evaluations[action.n0]].restored():
+            else:
+                with self._circumstances[self._evaluations[action.start]].restored():
                     self._advance(action, self._silent, self._replay)
-            elif isinstance(action, Reverse):
-                break
         following = next(reversed(self._snapshots.values()), None)
         if following is not None:
             following.fetch()  # while the model's backward runs
         call, self._taped = self._taped, None
-        assert call is not None
         return call

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.engine.program import Z0, Evaluation, Program, Slot, Stage
+from gradsampler.engine.program import Z0, Evaluation, Injection, Program, Slot, Stage
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import named
 from gradsampler.memory.base import Memory
@@ -99,12 +99,12 @@ def _early(trajectory: Trajectory, z0: Tensor, start: int, first: int) -> dict[S
     """The noises of steps before ``first`` that stages from instruction ``start`` on inject."""
     program = trajectory.program
     stages = [i for i in program.instructions[start:] if isinstance(i, Stage)]
-    steps = {injection.step for stage in stages for injection in stage.injections}
+    injections = [injection for stage in stages for injection in stage.injections]
     with torch.no_grad():
         return {
-            Slot("n", step): trajectory.noise.at(z0, step, program.num_steps).detach()
-            for step in sorted(steps)
-            if step < first
+            _noise(injection): trajectory.noise.at(z0, *trajectory.name(injection)).detach()
+            for injection in injections
+            if injection.step < first
         }
 
 
@@ -133,10 +133,14 @@ def _tail(
     return replace(program, instructions=(start, *rest), coefficients=numbers), names
 
 
+def _noise(injection: Injection) -> Slot:
+    return Slot("n", *injection.noise)
+
+
 def _over(stage: Stage, names: Mapping[Slot, Slot]) -> Stage:
     """The stage with constants in the place of the slots and noises that ``names`` knows."""
     terms = [(names.get(slot, slot), c) for slot, c in stage.terms]
-    early = [i for i in stage.injections if Slot("n", i.step) in names]
-    terms += [(names[Slot("n", i.step)], i.coefficient) for i in early]
+    early = [i for i in stage.injections if _noise(i) in names]
+    terms += [(names[_noise(i)], i.coefficient) for i in early]
     later = tuple(i for i in stage.injections if i not in early)
     return Stage(stage.writes, tuple(terms), later)

@@ -6,7 +6,7 @@ four 32-bit words is a pure function of a 128-bit counter and a 64-bit key, so t
 gets the same number whatever the launch shape, the backend or the sharding.
 
 The last word of the counter names the use, so that no two uses share a block:
-0 normals, 1 signs, 2 roll offsets.
+0 normals, 1 signs, 2 roll offsets. The third one is ``step`` below: `counter` of a step's draw.
 """
 
 import math
@@ -22,6 +22,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 NORMALS, SIGNS, OFFSETS = 0, 1, 2
+
+_STEPS, _DRAWS = 2**20, 2**12  # that one word holds
 
 Word = TypeVar("Word", int, Tensor)
 
@@ -56,6 +58,20 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word,
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def counter(step: int, draw: int) -> int:
+    """The 32-bit word that names draw number ``draw`` of a step; of the first it is the step.
+
+    Raises:
+        ValueError: beyond 4096 draws a step, and for steps from 2**20 on that draw twice.
+    """
+    if draw == 0:
+        return step
+    if not 0 <= step < _STEPS or not 0 < draw < _DRAWS:
+        expected = f"be below {_DRAWS} in a step below {_STEPS}"
+        _checks.fail("noise: the number of a draw", expected, f"{draw} in step {step}")
+    return step + draw * _STEPS
 
 
 def _words(index: Tensor, second: Tensor | int, step: int, use: int, seed: int) -> Tensor:

@@ -4,11 +4,15 @@
 Each source defines its noise by ``at``, in plain torch and differentiable; that definition is what
 every kernel is tested against. ``transpose`` is the product of a cotangent with the transposed
 Jacobian, in closed form, so that no step noise is ever stored.
+
+A step may draw several noises. Each is named by its step and by its number in that step, which is 0
+for the first; the draws of a step are independent of one another where those of two steps are.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +23,9 @@ from gradsampler import _checks
 from gradsampler.noise import philox
 
 __all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
+
+
+Injected = tuple[int, int]  # what names a noise: its step, and its number in that step
 
 
 class Cotangent(NamedTuple):
@@ -35,7 +42,7 @@ class Draw(NamedTuple):
     """
 
     kind: int  # OFF, SINCOS, SIGNED_ROLL or GIVEN
-    step: int  # absolute step index, the Philox counter's third word
+    step: int  # the Philox counter's third word, `philox.counter` of the step and the draw
     weight: float = 1.0
     gain: float = 0.0  # sincos: f = gain * z0 + amplitude * sin(rate * z0 + phase)
     rate: float = 0.0
@@ -49,6 +56,8 @@ class Draw(NamedTuple):
 
 
 OFF, SINCOS, SIGNED_ROLL, GIVEN = range(4)
+
+GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # its multiples fill the circle evenly and never repeat
 
 
 class NoiseSource(ABC):
@@ -65,26 +74,32 @@ class NoiseSource(ABC):
         return ()
 
     @abstractmethod
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        """The noise of step ``step`` out of ``num_steps``.
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
+        """The noise number ``draw`` of step ``step`` out of ``num_steps``.
+
+        A source of your own may leave ``draw`` out; it then serves the solvers that draw once a
+        step, which call it without.
 
         Args:
             z0: [B, *state] initial noise, standard normal.
             step: absolute step index, 0 <= step < num_steps.
             num_steps: number of steps of the run.
+            draw: which of the step's noises, 0 for the first.
 
         Returns:
             [B, *state] of z0's dtype and device, differentiable in z0.
         """
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        """Pulls the cotangent ``g`` [B, *state] of ``at(z0, step, num_steps)`` back.
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
+        """Pulls the cotangent ``g`` [B, *state] of ``at(z0, step, num_steps, draw)`` back.
 
         A source of your own needs only ``at``: this default differentiates it.
         """
         with torch.enable_grad():
             z0 = z0.detach().requires_grad_()
-            noise = self.at(z0, step, num_steps)
+            noise = self.at(z0, *name_of(step, num_steps, draw))
         if not noise.requires_grad:
             return Cotangent(None, {})
         wanted = [k for k, x in enumerate(self.tensors) if x.requires_grad]
@@ -93,11 +108,19 @@ class NoiseSource(ABC):
         found = zip(wanted, rest, strict=True)
         return Cotangent(dz0, {k: x for k, x in found if x is not None})
 
-    def prepare(self, z0: Tensor, steps: Sequence[int]) -> "NoiseSource":
-        """Checks the source against a run that injects at ``steps`` and fits it to that run."""
+    def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> "NoiseSource":
+        """Checks the source against the noises that a run injects, in order, and fits it."""
+        twice = next((step for step, draw in injected if draw > 0), None)
+        if twice is not None and not _numbered(self.at):
+            _checks.fail(
+                f"noise={type(self).__name__}: at",
+                f"take draw=, as this run draws more than one noise at step {twice}",
+                f"at{inspect.signature(self.at)}",
+                "define at(z0, step, num_steps, draw=0)",
+            )
         return self
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
         """The injection as numbers for a kernel; None for a source that no kernel knows."""
         return None
 
@@ -110,14 +133,16 @@ class Off(NoiseSource):
     def of_z0(self) -> bool:
         return False
 
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         return torch.zeros_like(z0)
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
         return Cotangent(None, {})
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        return Draw(OFF, step)
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        return Draw(OFF, philox.counter(step, draw))
 
 
 @dataclass(frozen=True)
@@ -125,6 +150,8 @@ class SinCos(NoiseSource):
     """Learnable step noise of sines and cosines of z0.
 
     ``n_i = z0 (1 + g i/N) + a sin(z0 r i + i) + b cos(z0 r i)``
+
+    Draw k of a step moves the phase of both waves on by k golden angles, pi (3 - sqrt 5).
 
     Almost perfectly correlated with z0: it adds to the state in amplitude, not in quadrature, and
     widens the samples several times. For correct samples choose ``SignedRoll``.
@@ -139,28 +166,32 @@ class SinCos(NoiseSource):
         for name in ("scale_gain", "phase_rate", "sin_amp", "cos_amp"):
             _checks.finite(f"SinCos: {name}", getattr(self, name))
 
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)
-        phase = z * (self.phase_rate * step)
+        phase = z * (self.phase_rate * step) + GOLDEN_ANGLE * draw
         wave = self.sin_amp * torch.sin(phase + step) + self.cos_amp * torch.cos(phase)
         return (z * (1 + self.scale_gain * step / num_steps) + wave).to(z0.dtype)
 
-    def wave(self, step: int, num_steps: int) -> tuple[float, float, float, float]:
+    def wave(self, step: int, num_steps: int, draw: int = 0) -> tuple[float, float, float, float]:
         """(k, p, R, phi) with ``n_i = k z0 + R sin(p z0 + phi)``: both waves as one."""
         sine = self.sin_amp * math.cos(step)
         cosine = self.sin_amp * math.sin(step) + self.cos_amp
         gain = 1 + self.scale_gain * step / num_steps
         rate = self.phase_rate * step
-        return gain, rate, math.hypot(sine, cosine), math.atan2(cosine, sine)
+        phase = math.atan2(cosine, sine) + GOLDEN_ANGLE * draw
+        return gain, rate, math.hypot(sine, cosine), phase
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        gain, rate, amplitude, phase = self.wave(step, num_steps)
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
+        gain, rate, amplitude, phase = self.wave(step, num_steps, draw)
         slope = torch.cos(rate * _widened(z0) + phase).mul_(rate * amplitude).add_(gain)
         return Cotangent(slope.mul_(g).to(g.dtype), {})
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        gain, rate, amplitude, phase = self.wave(step, num_steps)
-        return Draw(SINCOS, step, gain=gain, rate=rate, amplitude=amplitude, phase=phase)
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        gain, rate, amplitude, phase = self.wave(step, num_steps, draw)
+        counter = philox.counter(step, draw)
+        return Draw(SINCOS, counter, gain=gain, rate=rate, amplitude=amplitude, phase=phase)
 
 
 @dataclass(frozen=True)
@@ -178,27 +209,32 @@ class SignedRoll(NoiseSource):
     def __post_init__(self) -> None:
         _check_seed("SignedRoll", self.seed)
 
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        offset = philox.offset(z0[0].numel(), step, self.seed)
-        return signed_roll(z0, self.seed, step, offset)
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
+        counter = philox.counter(step, draw)
+        offset = philox.offset(z0[0].numel(), counter, self.seed)
+        return signed_roll(z0, self.seed, counter, offset)
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        offset = philox.offset(z0[0].numel(), step, self.seed)
-        return Cotangent(signed_roll_transpose(g, self.seed, step, offset), {})
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
+        counter = philox.counter(step, draw)
+        offset = philox.offset(z0[0].numel(), counter, self.seed)
+        return Cotangent(signed_roll_transpose(g, self.seed, counter, offset), {})
 
-    def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
+    def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> NoiseSource:
         if z0[0].numel() < 2:
             _checks.fail("noise=SignedRoll: z0", "hold at least 2 elements a sample", z0[0].numel())
         return self
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        shift = philox.offset(z0[0].numel(), step, self.seed)
-        return Draw(SIGNED_ROLL, step, seed=self.seed, offset=shift)
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        counter = philox.counter(step, draw)
+        shift = philox.offset(z0[0].numel(), counter, self.seed)
+        return Draw(SIGNED_ROLL, counter, seed=self.seed, offset=shift)
 
 
 @dataclass(frozen=True)
 class Philox(NoiseSource):
-    """Independent standard normal noise from (seed, step, global element index).
+    """Independent standard normal noise from (seed, step, draw, global element index).
 
     It carries no gradient to z0. The same call gives the same noise, so backward regenerates it.
     """
@@ -212,14 +248,17 @@ class Philox(NoiseSource):
     def of_z0(self) -> bool:
         return False
 
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        return philox.normals(z0.numel(), step, self.seed, z0.dtype, z0.device).view(z0.shape)
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
+        counter = philox.counter(step, draw)
+        return philox.normals(z0.numel(), counter, self.seed, z0.dtype, z0.device).view(z0.shape)
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
         return Cotangent(None, {})
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        return Draw(OFF, step, normal=1.0, normal_seed=self.seed)
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        return Draw(OFF, philox.counter(step, draw), normal=1.0, normal_seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -250,19 +289,22 @@ class Mixture(NoiseSource):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.other.tensors
 
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        independent = Philox(self.seed).at(z0, step, num_steps)
-        other = self.other.at(z0, step, num_steps)
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
+        independent = Philox(self.seed).at(z0, step, num_steps, draw)
+        other = self.other.at(z0, *name_of(step, num_steps, draw))
         return math.cos(self.angle) * independent + math.sin(self.angle) * other
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        return self.other.transpose(math.sin(self.angle) * g, z0, step, num_steps)
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
+        pulled = math.sin(self.angle) * g
+        return self.other.transpose(pulled, z0, *name_of(step, num_steps, draw))
 
-    def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
-        return Mixture(self.other.prepare(z0, steps), self.angle, self.seed)
+    def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> NoiseSource:
+        return Mixture(self.other.prepare(z0, injected), self.angle, self.seed)
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        other = self.other.draw(z0, step, num_steps)
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        other = self.other.draw(z0, *name_of(step, num_steps, draw))
         if other is None:
             return None
         return other._replace(
@@ -275,8 +317,8 @@ class Mixture(NoiseSource):
 class Given(NoiseSource):
     """The caller's own tensors, one an injection, in the order of injection.
 
-    The noise is an input of the run: its gradient reaches each tensor. Outside a run the step index
-    is the position; a run that does not inject at every step maps its steps to positions.
+    The noise is an input of the run: its gradient reaches each tensor. A run takes the tensors in
+    the order in which its noises are first injected; outside a run the step index is the position.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -285,12 +327,14 @@ class Given(NoiseSource):
         for k, x in enumerate(tensors):
             _checks.floating(f"Given: tensors[{k}]", x)
         self._tensors = tuple(tensors)
-        self._position = {k: k for k in range(len(tensors))}
+        self._position: dict[Injected, int] = {(k, 0): k for k in range(len(tensors))}
 
-    def _at(self, step: int) -> int:
-        if step not in self._position:
-            _checks.fail("Given: step", f"be one of {sorted(self._position)}", step)
-        return self._position[step]
+    def _at(self, step: int, draw: int) -> int:
+        if (step, draw) not in self._position:
+            steps = sorted({step for step, _ in self._position})
+            got = f"draw {draw} of step {step}" if step in steps else step
+            _checks.fail("Given: step", f"be one of {steps}", got)
+        return self._position[step, draw]
 
     @property
     def of_z0(self) -> bool:
@@ -303,37 +347,49 @@ class Given(NoiseSource):
     def tensors(self) -> tuple[Tensor, ...]:
         return self._tensors
 
-    def at(self, z0: Tensor, step: int, num_steps: int) -> Tensor:
-        return self._tensors[self._at(step)].to(z0.dtype)
+    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
+        return self._tensors[self._at(step, draw)].to(z0.dtype)
 
-    def transpose(self, g: Tensor, z0: Tensor, step: int, num_steps: int) -> Cotangent:
-        position = self._at(step)
+    def transpose(
+        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
+    ) -> Cotangent:
+        position = self._at(step, draw)
         return Cotangent(None, {position: g.to(self._tensors[position].dtype)})
 
-    def prepare(self, z0: Tensor, steps: Sequence[int]) -> NoiseSource:
-        if len(self._tensors) != len(steps):
+    def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> NoiseSource:
+        if len(self._tensors) != len(injected):
             _checks.fail(
                 "noise=Given: tensors",
-                f"hold one tensor for each of the {len(steps)} injections of this run",
+                f"hold one tensor for each of the {len(injected)} injections of this run",
                 len(self._tensors),
             )
         for k, x in enumerate(self._tensors):
             _checks.shape(f"noise=Given: tensors[{k}]", x, z0.shape)
             _checks.device(f"noise=Given: tensors[{k}]", x, z0.device)
         fitted = Given(self._tensors)
-        fitted._position = {step: k for k, step in enumerate(steps)}
+        fitted._position = {noise: k for k, noise in enumerate(injected)}
         return fitted
 
-    def draw(self, z0: Tensor, step: int, num_steps: int) -> Draw | None:
-        return Draw(GIVEN, step, given=self._tensors[self._at(step)])
+    def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        given = self._tensors[self._at(step, draw)]
+        return Draw(GIVEN, philox.counter(step, draw), given=given)
 
 
-def draw_of(source: NoiseSource, z0: Tensor, step: int, num_steps: int, dtype: torch.dtype) -> Draw:
+def name_of(step: int, num_steps: int, draw: int) -> tuple[int, ...]:
+    """What a source's methods are called with; the first draw of a step is named by the step."""
+    return (step, num_steps, draw) if draw else (step, num_steps)
+
+
+def draw_of(
+    source: NoiseSource, z0: Tensor, step: int, num_steps: int, draw: int, dtype: torch.dtype
+) -> Draw:
     """One injection as numbers; a source that no kernel knows is evaluated in ``dtype``."""
-    draw = source.draw(z0, step, num_steps)
-    if draw is None:
-        return Draw(GIVEN, step, given=source.at(z0.to(dtype), step, num_steps))
-    return draw
+    name = name_of(step, num_steps, draw)
+    numbers = source.draw(z0, *name)
+    if numbers is None:
+        given = source.at(z0.to(dtype), *name)
+        return Draw(GIVEN, philox.counter(step, draw), given=given)
+    return numbers
 
 
 def signed_roll(z0: Tensor, seed: int, step: int, offset: int) -> Tensor:
@@ -348,6 +404,11 @@ def signed_roll_transpose(g: Tensor, seed: int, step: int, offset: int) -> Tenso
     flat = g.flatten(1)
     signs = philox.signs(len(flat), flat.shape[1], step, seed, g.device).to(g.dtype)
     return (signs * flat).roll(-offset, dims=1).view(g.shape)
+
+
+def _numbered(at: Callable[..., Tensor]) -> bool:
+    parameters = inspect.signature(at).parameters.values()
+    return len(parameters) > 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def step(
     num_steps: int = 1,
     noise_coef: float | Tensor = 0.0,
     *,
+    draw: int = 0,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
@@ -39,6 +40,7 @@ def step(
         step: absolute step index i of the noise, 0 <= step < num_steps.
         num_steps: N.
         noise_coef: amount of noise, a float or a 0-d tensor.
+        draw: which of the step's noises, 0 for the first.
         out: [B, *state], written in place; only where no gradient is recorded.
         out_dtype: dtype of the result; by default that of the first term.
         backend: a name of `backends.available()`, or None for the fastest present.
@@ -64,9 +66,9 @@ def step(
         _checks.device(f"step: terms[{k}]", x, first.device)
     numbers, tensor = _coefficients("step", coefs, len(terms), len(first))
     amount = _amount(noise_coef, noise, len(first))
-    draw = _draw(noise, z0, step, num_steps, terms)
+    injection = _injection(noise, z0, step, num_steps, draw, terms)
     dtype = _result_dtype(out, out_dtype, first)
-    words, wave, given = library.lowered(draw)
+    words, wave, given = library.lowered(injection)
     result: Tensor = library.step(
         list(terms),
         numbers,
@@ -256,8 +258,13 @@ def _amount(noise_coef: object, noise: object, batch: int) -> float | Tensor:
     return amount
 
 
-def _draw(
-    noise: object, z0: Tensor | None, step: int, num_steps: int, terms: Sequence[Tensor]
+def _injection(
+    noise: object,
+    z0: Tensor | None,
+    step: int,
+    num_steps: int,
+    draw: int,
+    terms: Sequence[Tensor],
 ) -> Draw | None:
     """The injection as numbers, its arguments checked."""
     if noise is None:
@@ -270,11 +277,13 @@ def _draw(
     _checks.integer("step: num_steps", num_steps, 1)
     if not 0 <= _checks.integer("step: step", step, 0) < num_steps:
         _checks.fail("step: step", f"be below num_steps = {num_steps}", step)
+    _checks.integer("step: draw", draw, 0)
     double = any(x.dtype == torch.float64 for x in (*terms, z0))
-    draw = draw_of(noise, z0, step, num_steps, torch.float64 if double else torch.float32)
-    if draw.given is not None:
-        _same(f"step: noise={type(noise).__name__}: its tensor", draw.given, terms[0])
-    return draw
+    dtype = torch.float64 if double else torch.float32
+    injection = draw_of(noise, z0, step, num_steps, draw, dtype)
+    if injection.given is not None:
+        _same(f"step: noise={type(noise).__name__}: its tensor", injection.given, terms[0])
+    return injection
 
 
 def _result_dtype(out: object, out_dtype: object, first: Tensor) -> torch.dtype:

@@ -2,26 +2,42 @@
 """Solvers by name. Each is a short file of coefficients; `register` adds one of your own."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 from gradsampler import _checks
-from gradsampler.solvers.ancestral import EulerAncestral
+from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
+from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
 from gradsampler.solvers.ddim import DDIM, DDPM
-from gradsampler.solvers.dpmpp import DPMpp2M, DPMpp2MSDE
+from gradsampler.solvers.deis import DEIS
+from gradsampler.solvers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE
 from gradsampler.solvers.euler import Euler
-from gradsampler.solvers.heun import Heun, Midpoint
+from gradsampler.solvers.heun import DPM2, Heun, HeunEDMx0, HeunPP2, Kutta3, Midpoint
 from gradsampler.solvers.res import Res2AB, Res2Mid, Res2MidStable
 from gradsampler.solvers.reversible import MidpointReversible
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DEIS",
+    "DPM2",
+    "IPNDM",
+    "LMS",
     "Churn",
+    "DPM2Ancestral",
     "DPMpp2M",
     "DPMpp2MSDE",
+    "DPMpp2SAncestral",
+    "DPMpp3MSDE",
     "Euler",
     "EulerAncestral",
+    "GradientEstimation",
     "Heun",
+    "HeunEDMx0",
+    "HeunPP2",
+    "IPNDMv",
+    "Kutta3",
     "Midpoint",
     "MidpointReversible",
     "Res2AB",
@@ -33,7 +49,20 @@ __all__ = [
     "resolve",
 ]
 
-_REGISTRY: dict[str, type[Solver]] = {
+_REGISTRY: dict[str, Callable[[], Solver]] = {
+    "deis": DEIS,
+    "dpm_2": DPM2,
+    "dpm_2_ancestral": DPM2Ancestral,
+    "dpmpp_2m_sde_heun": partial(DPMpp2MSDE, variant="heun"),
+    "dpmpp_2s_ancestral": DPMpp2SAncestral,
+    "dpmpp_3m_sde": DPMpp3MSDE,
+    "gradient_estimation": GradientEstimation,
+    "heun_edm_x0": HeunEDMx0,
+    "heunpp2": HeunPP2,
+    "ipndm": IPNDM,
+    "ipndm_v": IPNDMv,
+    "kutta3": Kutta3,
+    "lms": LMS,
     "euler": Euler,
     "heun": Heun,
     "midpoint": Midpoint,
@@ -51,10 +80,10 @@ _REGISTRY: dict[str, type[Solver]] = {
 
 def names(*, flow: bool = False) -> list[str]:
     """The names of all solvers, or of those that are also defined in flow time."""
-    return sorted(name for name, solver in _REGISTRY.items() if solver.flow or not flow)
+    return sorted(name for name, solver in _REGISTRY.items() if not flow or solver().flow)
 
 
-def register(name: str, solver: type[Solver]) -> None:
+def register(name: str, solver: Callable[[], Solver]) -> None:
     """Adds a solver class under a new name; its fields need defaults."""
     if name in _REGISTRY:
         _checks.fail("name", "be new", repr(name))

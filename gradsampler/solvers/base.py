@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.program import Affine, Program, Recorder
 from gradsampler.parameterization import Parameterization
 
@@ -44,9 +44,9 @@ class Churn:
             return 0.0
         return min(self.s_churn / num_steps, math.sqrt(2) - 1)
 
-    def raised(self, run: Recorder, sigma: Tensor) -> tuple[Affine, Tensor]:
+    def raised(self, run: Recorder, sigma: Coefficient) -> tuple[Affine, Coefficient]:
         """What is added to the state, and the level after it."""
-        eta = self.eta(sigma.item(), run.num_steps)
+        eta = self.eta(as_float(sigma), run.num_steps)
         if eta == 0:
             return Affine(), sigma
         amount = self.s_noise * sigma * math.sqrt(eta * (2 + eta))
@@ -64,14 +64,14 @@ class Solver(ABC):
     flow: ClassVar[bool] = False  # also defined in flow time
 
     @abstractmethod
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         """One step of the method.
 
         Args:
             run: evaluates the model with ``run.denoise(x, sigma)``, injects with ``run.noise()``.
             x: the state at level s.
-            s: current level, 0-d float64.
-            t: next level, 0-d float64, below s; may be 0.
+            s: current level, a float or 0-d float64.
+            t: next level, below s; may be 0.
 
         Returns:
             The state at level t.
@@ -100,14 +100,11 @@ class Solver(ABC):
             _, x = run.denoise(x, sigmas[-1])
         return run.finish(x)
 
-    def steps(self, run: Recorder, x: Affine, levels: Sequence[Tensor], churn: Churn) -> Affine:
+    def steps(
+        self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
+    ) -> Affine:
         """All steps, from the state at the first level to that at the last."""
         for run.step, (s, t) in enumerate(pairwise(levels)):
             noise, s = churn.raised(run, s)
             x = self.step(run, x + noise, s, t)
         return x
-
-
-def half_log_snr(sigma: Tensor) -> Tensor:
-    """lambda = -ln(sigma), half the logarithm of the signal-to-noise ratio in VE coordinates."""
-    return -torch.log(sigma)

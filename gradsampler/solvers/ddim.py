@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DDIM and DDPM, written in VE coordinates: x = x_vp * sqrt(1 + sigma^2).
+"""DDIM and DDPM, in any coordinates.
 
-With abar = 1/(1 + sigma^2) dividing the VP update by sqrt(abar) of its target level gives a VE
-update whose coefficients depend on the two levels alone.
+Their formulas are those of VP coordinates, where alpha^2 + sigma^2 = 1. Divided by alpha of the
+target level they hold in all: only the ratio of the two levels' sigma/alpha is in them.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient, sqrt
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
+from gradsampler.solvers.exponential import epsilon
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class DDIM(Solver):
     """
 
     stochastic: ClassVar[bool] = True
+    flow = True
     eta: float = 0.0
     s_noise: float = 1.0
 
@@ -34,17 +34,19 @@ class DDIM(Solver):
             _checks.fail("ddim: eta", "be at most 1", self.eta)
         _checks.finite("ddim: s_noise", self.s_noise, 0.0)
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        epsilon = (x - denoised) / s
         if t == 0:
             return denoised
+        alpha = run.coordinates.alpha
+        x, clean = epsilon(run, x, denoised, s), alpha(t) * denoised
         if self.eta == 0:
-            return denoised + t * epsilon
-        ratio = t / s
-        up = self.eta * ratio * torch.sqrt(s**2 - t**2)
-        along = t * torch.sqrt(1 - self.eta**2 * (1 - ratio**2))
-        return denoised + along * epsilon + self.s_noise * up * run.noise()
+            return clean + t * x
+        ratio = (t * alpha(s)) / (s * alpha(t))
+        kept = 1 - self.eta**2 * (1 - ratio**2)
+        along = sqrt(kept) if kept > 0 else 0.0  # 0 where s is noise alone, and eta 1
+        up = self.eta * sqrt(1 - ratio**2)
+        return clean + t * along * x + self.s_noise * t * up * run.noise()
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,18 @@ class DDPM(Solver):
         _checks.choice("ddpm: variance", self.variance, ("fixed_small", "fixed_large"))
         _checks.finite("ddpm: s_noise", self.s_noise, 0.0)
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    @property
+    def flow(self) -> bool:  # type: ignore[override]
+        return self.variance == "fixed_small"  # beta is that of VP coordinates
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         if t == 0:
             return denoised
-        ratio = (t / s) ** 2
-        spread = torch.sqrt(s**2 - t**2)
-        # In units of abar(t): beta is (s^2-t^2)(1+t^2)/(1+s^2), the posterior variance
-        # (s^2-t^2)t^2/s^2.
-        up = torch.sqrt(ratio if self.variance == "fixed_small" else (1 + t**2) / (1 + s**2))
-        return denoised + ratio * (x - denoised) + self.s_noise * up * spread * run.noise()
+        alpha = run.coordinates.alpha
+        ratio = (t * alpha(s)) / (s * alpha(t))
+        x = alpha(t) * denoised + t * ratio * epsilon(run, x, denoised, s)
+        up = t * sqrt(1 - ratio**2)
+        if self.variance == "fixed_large":
+            up = up * sqrt((1 + t**2) / (1 + s**2)) * s / t
+        return x + self.s_noise * up * run.noise()

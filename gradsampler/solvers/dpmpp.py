@@ -4,26 +4,34 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver, half_log_snr
+from gradsampler.solvers.base import Solver
+from gradsampler.solvers.exponential import (
+    at_an_end,
+    earlier,
+    first_order,
+    phi,
+    reverse_sde_step,
+)
 
 
 @dataclass(frozen=True)
 class DPMpp2M(Solver):
     """DPM-Solver++(2M) (algorithm 2); first order on the first step and on a step to level 0."""
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        last = run.before(s)
-        if last is not None and t != 0:
-            now = half_log_snr(s)
-            r = (now - half_log_snr(last.sigma)) / (half_log_snr(t) - now)
-            denoised = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * last.value
-        return (t / s) * x + (1 - t / s) * denoised
+        if not at_an_end(run, s, t):
+            for last in earlier(run, s, 1):
+                half_log_snr = run.coordinates.half_log_snr
+                now = half_log_snr(s)
+                r = (now - half_log_snr(last.sigma)) / (half_log_snr(t) - now)
+                denoised = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * last.value
+        return first_order(x, denoised, s, t)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class DPMpp2MSDE(Solver):
     """
 
     stochastic: ClassVar[bool] = True
+    flow = True
     eta: float = 1.0
     s_noise: float = 1.0
     variant: str = "midpoint"
@@ -46,21 +55,58 @@ class DPMpp2MSDE(Solver):
         _checks.finite("dpmpp_2m_sde: s_noise", self.s_noise, 0.0)
         _checks.choice("dpmpp_2m_sde: variant", self.variant, ("midpoint", "heun"))
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        if t == 0:
-            return denoised
+        x = reverse_sde_step(run, x, denoised, s, t, self.eta, self.s_noise)
+        if at_an_end(run, s, t):
+            return x
+        half_log_snr = run.coordinates.half_log_snr
         now = half_log_snr(s)
         h = half_log_snr(t) - now
-        decay = (1 + self.eta) * h
-        weight = -torch.expm1(-decay)
-        x = torch.exp(-decay) * x + weight * denoised
-        last = run.before(s)
-        if last is not None:
+        z = -(1 + self.eta) * h
+        for last in earlier(run, s, 1):
             r = (now - half_log_snr(last.sigma)) / h
-            correction = weight / 2 if self.variant == "midpoint" else 1 - weight / decay
-            x = x + correction / r * (denoised - last.value)
-        if self.eta > 0:
-            amount = t * torch.sqrt(-torch.expm1(-2 * self.eta * h))
-            x = x + self.s_noise * amount * run.noise()
+            weight = phi(1, z) / 2 if self.variant == "midpoint" else phi(2, z)
+            x = x - run.coordinates.alpha(t) * z * weight / r * (denoised - last.value)
         return x
+
+
+@dataclass(frozen=True)
+class DPMpp3MSDE(Solver):
+    """SDE-DPM-Solver++(3M) as k-diffusion has it.
+
+    Its weight of the second derivative is half of what the third order takes, so that the method
+    is of second order; diffusers' third-order multistep scheduler has the same.
+
+    Args:
+        eta: 1 is the reverse SDE, 0 the ODE.
+        s_noise: factor of the injected noise.
+    """
+
+    stochastic: ClassVar[bool] = True
+    flow = True
+    eta: float = 1.0
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.finite("dpmpp_3m_sde: eta", self.eta, 0.0)
+        _checks.finite("dpmpp_3m_sde: s_noise", self.s_noise, 0.0)
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        x, denoised = run.denoise(x, s)
+        x = reverse_sde_step(run, x, denoised, s, t, self.eta, self.s_noise)
+        past = [] if at_an_end(run, s, t) else earlier(run, s, 2)
+        if not past:
+            return x
+        half_log_snr = run.coordinates.half_log_snr
+        h = half_log_snr(t) - half_log_snr(s)
+        z = -(1 + self.eta) * h
+        alpha = run.coordinates.alpha(t)
+        r = (half_log_snr(s) - half_log_snr(past[0].sigma)) / h
+        change = (denoised - past[0].value) / r
+        if len(past) > 1:
+            r1 = (half_log_snr(past[0].sigma) - half_log_snr(past[1].sigma)) / h
+            curvature = (change - (past[0].value - past[1].value) / r1) / (r + r1)
+            change = change + r * curvature
+            x = x - alpha * z * phi(3, z) * curvature
+        return x - alpha * z * phi(2, z) * change

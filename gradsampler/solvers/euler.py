@@ -3,8 +3,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
 
@@ -15,6 +14,6 @@ class Euler(Solver):
 
     flow = True
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         return x + (t - s) * ((x - denoised) / s)

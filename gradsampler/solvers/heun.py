@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heun's method and the explicit midpoint method."""
+"""Runge-Kutta methods on dx/ds = (x - D)/s: Heun's, the midpoint method, Kutta's, and kin.
 
+Those that need a slope at the next level take Euler's step to level 0, where it is undefined.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from torch import Tensor
-
+from gradsampler.elementary import Coefficient, sqrt
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Churn, Solver
+from gradsampler.solvers.exponential import first_order
 
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Heun's method on dx/ds = (x - D)/s (Karras et al. 2022, algorithm 1).
-
-    A step to level 0, where the second slope is undefined, is Euler's.
-    """
+    """Heun's method (Karras et al. 2022, algorithm 1)."""
 
     flow = True
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         slope = (x - denoised) / s
         ahead = x + (t - s) * slope
@@ -30,12 +32,103 @@ class Heun(Solver):
 
 @dataclass(frozen=True)
 class Midpoint(Solver):
-    """The explicit midpoint method on dx/ds = (x - D)/s, with the midpoint (s + t)/2."""
+    """The explicit midpoint method, with the midpoint (s + t)/2."""
 
     flow = True
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         middle = (s + t) / 2
         half, denoised = run.denoise(x + (middle - s) * ((x - denoised) / s), middle)
         return x + (t - s) * ((half - denoised) / middle)
+
+
+@dataclass(frozen=True)
+class DPM2(Solver):
+    """k-diffusion's dpm_2: the midpoint method with the midpoint sqrt(s t)."""
+
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        x, denoised = run.denoise(x, s)
+        if t == 0:
+            return denoised
+        return geometric_midpoint(run, x, denoised, s, t)
+
+
+def geometric_midpoint(
+    run: Recorder, x: Affine, denoised: Affine, s: Coefficient, t: Coefficient
+) -> Affine:
+    """The midpoint step from s to t > 0 with the slope at sqrt(s t)."""
+    middle = sqrt(s * t)
+    half, at_middle = run.denoise(x + (middle - s) * ((x - denoised) / s), middle)
+    return x + (t - s) * ((half - at_middle) / middle)
+
+
+@dataclass(frozen=True)
+class HeunEDMx0(Solver):
+    """Euler's step with the mean of the predictions at both ends (Cosmos's 2heun_edm)."""
+
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        x, denoised = run.denoise(x, s)
+        ahead = first_order(x, denoised, s, t)
+        if t == 0:
+            return ahead
+        _, at_t = run.denoise(ahead, t)
+        return first_order(x, 0.5 * (denoised + at_t), s, t)
+
+
+@dataclass(frozen=True)
+class Kutta3(Solver):
+    """Kutta's third-order method (Kutta 1901)."""
+
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        x, denoised = run.denoise(x, s)
+        if t == 0:
+            return denoised
+        h, middle = t - s, (s + t) / 2
+        first = (x - denoised) / s
+        half, denoised = run.denoise(x + 0.5 * h * first, middle)
+        second = (half - denoised) / middle
+        end, denoised = run.denoise(x + h * (2.0 * second - first), t)
+        return x + h / 6 * (first + 4.0 * second + (end - denoised) / t)
+
+
+@dataclass(frozen=True)
+class HeunPP2(Solver):
+    """Heun++ with slopes at this level and the two after it, as in ComfyUI.
+
+    The later slopes weigh by their share of the run's first level, so that the method is of first
+    order with a small error. The last step but one has two slopes, the last is Euler's.
+    """
+
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        return self.steps(run, x, (s, t), Churn(0.0))
+
+    def steps(
+        self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
+    ) -> Affine:
+        start, last = run.step, len(levels) - 1
+        for i, (s, t) in enumerate(pairwise(levels)):
+            run.step = start + i
+            noise, s = churn.raised(run, s)
+            x, denoised = run.denoise(x + noise, s)
+            slope = (x - denoised) / s
+            ahead, mean = x + (t - s) * slope, Affine()
+            rest: Coefficient = 1.0
+            following = levels[i + 1 : min(i + 3, last)]
+            for k, level in enumerate(following):
+                state, denoised = run.denoise(ahead, level)
+                later = (state - denoised) / level
+                weight = level / ((len(following) + 1) * levels[0])
+                mean, rest = mean + weight * later, rest - weight
+                if k + 1 < len(following):
+                    ahead = state + (following[k + 1] - level) * later
+            x = x + (t - s) * (rest * slope + mean)
+        return x

@@ -1,40 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The refined exponential solver (RES), arXiv 2308.02157, in lambda = -ln(sigma)."""
+"""The refined exponential solver (RES), arXiv 2308.02157, in half the log-SNR."""
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver, half_log_snr
-from gradsampler.solvers.exponential import phi1, phi2
-
-
-def first_order(x: Affine, denoised: Affine, s: Tensor, t: Tensor) -> Affine:
-    """The exponential Euler step, exact where D is constant; also right at t = 0."""
-    return (t / s) * x + (1 - t / s) * denoised
+from gradsampler.solvers.base import Solver
+from gradsampler.solvers.exponential import (
+    at_an_end,
+    earlier,
+    first_order,
+    phi1,
+    phi2,
+    predicted_between,
+)
 
 
 def second_order(
-    x: Affine, denoised: Affine, at_m: Affine, s: Tensor, m: Tensor, t: Tensor
+    run: Recorder,
+    x: Affine,
+    denoised: Affine,
+    at_m: Affine,
+    s: Coefficient,
+    m: Coefficient,
+    t: Coefficient,
 ) -> Affine:
     """The step from s to t with D known at s and at m (arXiv 2308.02157, algorithm 1)."""
-    start = half_log_snr(s)
-    h = half_log_snr(t) - start
-    c2 = (half_log_snr(m) - start) / h
+    half_log_snr = run.coordinates.half_log_snr
+    h = half_log_snr(t) - half_log_snr(s)
+    c2 = (half_log_snr(m) - half_log_snr(s)) / h
     b2 = phi2(-h) / c2
     b1 = phi1(-h) - b2
-    return (t / s) * x + h * b1 * denoised + h * b2 * at_m
-
-
-def predicted_between(
-    run: Recorder, x: Affine, denoised: Affine, s: Tensor, t: Tensor
-) -> tuple[Tensor, Affine]:
-    """The level m = sqrt(s t), and D at the state that an exponential Euler step reaches there."""
-    m = torch.sqrt(s * t)
-    _, at_m = run.denoise(first_order(x, denoised, s, m), m)
-    return m, at_m
+    return (t / s) * x + run.coordinates.alpha(t) * h * (b1 * denoised + b2 * at_m)
 
 
 @dataclass(frozen=True)
@@ -44,33 +41,40 @@ class Res2AB(Solver):
     The first step, and a step to level 0, is the exponential Euler step.
     """
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        previous = run.before(s)
-        if previous is None or t == 0:
+        if at_an_end(run, s, t):
             return first_order(x, denoised, s, t)
-        return second_order(x, denoised, previous.value, s, previous.sigma, t)
+        for last in earlier(run, s, 1):
+            return second_order(run, x, denoised, last.value, s, last.sigma, t)
+        return first_order(x, denoised, s, t)
 
 
 @dataclass(frozen=True)
 class Res2Mid(Solver):
-    """Single-step form with the second point at m = sqrt(s t); Euler's step to level 0."""
+    """Single-step form with the second point halfway in half log-SNR; Euler's step to level 0."""
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        if t == 0:
+        if at_an_end(run, s, t):
             return first_order(x, denoised, s, t)
         m, at_m = predicted_between(run, x, denoised, s, t)
-        return second_order(x, denoised, at_m, s, m, t)
+        return second_order(run, x, denoised, at_m, s, m, t)
 
 
 @dataclass(frozen=True)
 class Res2MidStable(Solver):
-    """The midpoint form that takes the D of m = sqrt(s t) for the whole step."""
+    """The midpoint form that takes the D halfway for the whole step."""
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    flow = True
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        if t == 0:
+        if at_an_end(run, s, t):
             return first_order(x, denoised, s, t)
         _, at_m = predicted_between(run, x, denoised, s, t)
         return first_order(x, at_m, s, t)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from torch import Tensor
-
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import ancestral_levels
 from gradsampler.solvers.base import Churn, Solver
@@ -48,12 +47,14 @@ class MidpointReversible(Solver):
     def flow(self) -> bool:  # type: ignore[override]
         return self.eta == 0  # ancestral noise is that of VE coordinates
 
-    def step(self, run: Recorder, x: Affine, s: Tensor, t: Tensor) -> Affine:
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         return self.steps(run, x, (s, t), Churn(0.0))
 
-    def steps(self, run: Recorder, x: Affine, levels: Sequence[Tensor], churn: Churn) -> Affine:
+    def steps(
+        self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
+    ) -> Affine:
         entered = Affine()  # noise in x that the state before the last has not seen
-        last: tuple[Affine, Tensor] | None = None  # that state, and the ratio of its levels
+        last: tuple[Affine, Coefficient] | None = None  # that state, and the ratio of its levels
         for step, (s, t) in enumerate(pairwise(levels), start=run.step):
             run.step = step
             noise, s = churn.raised(run, s)

@@ -121,8 +121,9 @@ def plan(
 
     Returns:
         A `Plan` with a row for store, reversible (where the steps can be undone), checkpoint,
-        offload (on a device other than the CPU), and revolve with the most slots that fit, or one
-        slot. ``gs.sample(..., memory=plan.best)`` takes the fastest.
+        offload (on a device other than the CPU), and revolve with the fewest calls that fit and
+        take less than checkpoint, or with one slot; without the package checkpoint-schedules there
+        is no row of revolve. ``gs.sample(..., memory=plan.best)`` takes the fastest.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any model call.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gradsampler.engine.program import Program
-from gradsampler.memory import capacity
+from gradsampler.memory import capacity, multistage
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.offload import Offload
@@ -54,14 +54,20 @@ class Predictor:
         if self.integers is not None:
             cost = self._rehearsal().reversible(self.integers.itemsize)
             yield self._row("reversible", Reversible(), cost)
-        yield self._row("checkpoint", Checkpoint(), self._rehearsal().checkpoint())
+        checkpoint = self._row("checkpoint", Checkpoint(), self._rehearsal().checkpoint())
+        yield checkpoint
         if away:
             yield self._row("offload", Offload(), self._rehearsal().offload())
+        if multistage.missing() is None:
+            yield self.revolve(self._slots(min(self.budget, checkpoint.peak - 1)))
+
+    def _slots(self, most: int) -> int:
+        """The most slots that fit ``most`` bytes and do not keep every state; at least 1."""
         # The peak grows with the slots, but for a state here and there that two snapshots share: a
         # bisection ends where one number fits and the next does not.
-        counts = range(1, self.most_slots() + 1)
-        fitting = bisect_right(counts, False, key=lambda slots: not self.revolve(slots).fits)
-        yield self.revolve(max(1, fitting))
+        counts = range(1, self.most_slots())
+        fitting = bisect_right(counts, False, key=lambda slots: self.revolve(slots).peak > most)
+        return max(1, fitting)
 
     def most_slots(self) -> int:
         """The number of slots from which on more bring nothing."""

@@ -9,15 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from checkpoint_schedules import (
-    Copy,
-    EndForward,
-    Forward,
-    Move,
-    MultistageCheckpointSchedule,
-    Reverse,
-)
-
 from gradsampler.engine.program import (
     Absorption,
     Descent,
@@ -29,6 +20,8 @@ from gradsampler.engine.program import (
     fused,
     transpose,
 )
+from gradsampler.memory import multistage
+from gradsampler.memory.multistage import Advance, Restore, Tape
 from gradsampler.memory.planning.footprint import Footprint
 from gradsampler.memory.planning.heap import Block, Heap, Table, copied, shared
 
@@ -132,15 +125,15 @@ class Rehearsal:
 
     def revolve(self, slots: int) -> Cost:
         """Snapshots, at most ``slots`` at a time, by the schedule of `memory.Revolve`."""
-        schedule = iter(MultistageCheckpointSchedule(len(self._starts) - 1, slots, 0))
+        schedule = multistage.schedule(len(self._starts) - 1, slots)
         snapshots: dict[int, Table] = {}
         work: Table = {}
         taped: list[Block] = []
 
-        def advance(action: Forward) -> None:
-            if action.write_ics:
-                snapshots[action.n0] = copied(work)
-            start, stop = self._starts[action.n0], self._starts[action.n1]
+        def advance(action: Advance) -> None:
+            if action.snapshot:
+                snapshots[action.start] = copied(work)
+            start, stop = self._starts[action.start], self._starts[action.stop]
             self._execute(work, start, stop, lambda _: self._called())
 
         def tape(x: Block) -> Sequence[Block]:
@@ -149,28 +142,27 @@ class Rehearsal:
             return outputs
 
         def again() -> list[Block]:
-            for action in schedule:
-                if isinstance(action, (Copy, Move)):
-                    work.update(copied(snapshots[action.n]))
-                    if isinstance(action, Move):
-                        self._heap.clear(snapshots.pop(action.n))
-                elif isinstance(action, Forward) and action.write_adj_deps:
-                    for output in tape(work[self._evaluations[action.n0].state]):
+            while not taped:
+                action = next(schedule)
+                if isinstance(action, Restore):
+                    work.update(copied(snapshots[action.evaluation]))
+                    if action.last:
+                        self._heap.clear(snapshots.pop(action.evaluation))
+                elif isinstance(action, Tape):
+                    for output in tape(work[self._evaluations[action.evaluation].state]):
                         self._heap.drop(output)
                     self._heap.clear(work)
-                elif isinstance(action, Forward):
+                else:
                     advance(action)
-                elif isinstance(action, Reverse):
-                    break
             call = taped.copy()
             taped.clear()
             return call
 
         self._execute(work, 0, self._starts[0], lambda _: ())
         for action in schedule:
-            if isinstance(action, EndForward):
+            if isinstance(action, Tape):
                 break
-            if isinstance(action, Forward) and not action.write_adj_deps:
+            if isinstance(action, Advance):
                 advance(action)
         self._execute(work, self._starts[-2], self._starts[-1], tape)
         work.clear()  # but for the output, which stays to the end

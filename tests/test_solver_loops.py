@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Solvers against their methods written out as plain loops: values, model calls and gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import gradsampler as gs
+from gradsampler import noise as noises
+from gradsampler import solvers
+from support.loops import LOOPS, Run
+from support.problems import Mixture, normal
+
+SHAPE = (3, 2, 3)
+MIXTURE = Mixture(6)
+WEIGHTS = normal(*SHAPE, seed=5)
+Z0 = normal(*SHAPE, seed=1)
+NOISES = [normal(*SHAPE, seed=20 + k) for k in range(24)]
+
+LEVELS = {
+    "to-sigma_min": [10.0, 4.0, 1.5, 0.9, 0.31, 0.1],
+    "to-zero": [10.0, 4.0, 1.5, 0.9, 0.31, 0.0],
+    "one-step": [5.0, 1.0],
+    "one-step-to-zero": [5.0, 0.0],
+}
+TIMES = {
+    "to-t_min": [0.97, 0.8, 0.55, 0.3, 0.1, 0.02],
+    "from-noise-to-zero": [1.0, 0.9, 0.75, 0.5, 0.2, 0.0],
+    "one-step": [1.0, 0.4],
+    "one-step-to-zero": [1.0, 0.0],
+}
+
+# Options beside the defaults.
+OPTIONS = {
+    "ddim": [{"eta": 0.5}, {"eta": 1.0, "s_noise": 0.8}],
+    "ddpm": [{"s_noise": 1.3}],
+    "deis": [{"variable": "rho"}, {"variable": "log_rho"}, {"order": 4}, {"order": 2}],
+    "dpm_2_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
+    "dpmpp_2m_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"variant": "heun", "eta": 0.5}],
+    "dpmpp_2s_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
+    "dpmpp_3m_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}],
+    "euler_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
+    "gradient_estimation": [{"gamma": 1.5}],
+    "ipndm": [{"order": 1}, {"order": 2}, {"order": 3}],
+    "ipndm_v": [{"order": 1}, {"order": 2}, {"order": 3}],
+    "lms": [{"order": 1}, {"order": 2}, {"order": 3}],
+}
+
+
+def label(name, options):
+    return "-".join([name, *(f"{k}={v}" for k, v in options.items())])
+
+
+CASES = {
+    label(name, options): (name, options)
+    for name in sorted(LOOPS)
+    for options in [{}, *OPTIONS.get(name, [])]
+}
+every_case = pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
+
+
+def flow_denoise(x, t):
+    """E[x0 | x] in flow time, also where the state is noise alone."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return MIXTURE.posterior(x, 1 - t, t)
+
+
+def flow_velocity(x, t):
+    return (x - flow_denoise(x, t)) / t.view(-1, 1, 1)
+
+
+def error(got, expected):
+    """The largest deviation relative to the largest element, where that is not small itself."""
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=0.1)).item()
+
+
+def solver(name, options):
+    """The solver of that name with options that `resolve` does not take."""
+    return dataclasses.replace(solvers.resolve(name), **options)
+
+
+def loop(name, options, levels, flow, z0=Z0, noise=NOISES):
+    run = Run(flow_denoise if flow else MIXTURE.denoise, iter(noise), flow)
+    return LOOPS[name](run, levels[0] * z0, levels, **options), run
+
+
+def sample(name, options, levels, flow, count, z0=Z0, noise=NOISES, model=None, **more):
+    return gs.sample(
+        model or (flow_velocity if flow else MIXTURE.denoise),
+        z0,
+        torch.as_tensor(levels, dtype=torch.float64),
+        solver=solver(name, options),
+        prediction="flow" if flow else "x0",
+        noise=noises.Given(noise[:count]) if count else None,
+        **more,
+    )
+
+
+def holds(name, options, levels, flow):
+    calls = []
+
+    def noted(x, sigma):
+        calls.append((x.detach(), sigma[0].item()))
+        return (flow_velocity if flow else MIXTURE.denoise)(x, sigma)
+
+    def gradients(run):
+        z0 = Z0.clone().requires_grad_()
+        noise = [x.clone().requires_grad_() for x in NOISES[:count]]
+        x = run(z0, noise)
+        return x, torch.autograd.grad((x * WEIGHTS).sum(), [z0, *noise])
+
+    _, run = loop(name, options, levels, flow)
+    count = run.drawn
+    assert error(sample(name, options, levels, flow, count, model=noted), _) <= 1e-10
+    assert len(calls) == len(run.calls)
+    for (x, sigma), (x_loop, sigma_loop) in zip(calls, run.calls, strict=True):
+        assert error(x, x_loop) <= 1e-10
+        assert sigma == pytest.approx(sigma_loop, rel=1e-12)
+    got = gradients(lambda z0, noise: sample(name, options, levels, flow, count, z0, noise))
+    want = gradients(lambda z0, noise: loop(name, options, levels, flow, z0, noise)[0])
+    for a, b in zip([got[0], *got[1]], [want[0], *want[1]], strict=True):
+        assert error(a, b) <= 1e-9
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+@every_case
+def test_agrees_with_the_loop(name, options, levels):
+    holds(name, options, levels, flow=False)
+
+
+@pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+@every_case
+def test_agrees_with_the_loop_in_flow_time(name, options, times):
+    if not solver(name, options).flow:
+        pytest.skip("not defined in flow time")
+    holds(name, options, times, flow=True)
+
+
+def central_differences(name, options, levels, flow, count):
+    slopes = []
+    for k, s in enumerate(levels):
+        if s == 0 or (flow and s == 1):
+            continue
+        ends = []
+        for sign in (1, -1):
+            moved = list(levels)
+            moved[k] = s * (1 + sign * 1e-5)
+            ends.append((loop(name, options, moved, flow)[0] * WEIGHTS).sum().item())
+        slopes.append((ends[0] - ends[1]) / (2e-5 * s))
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["ve", "flow"])
+@every_case
+def test_gradient_to_the_levels_is_the_loops_difference_quotient(name, options, flow):
+    """From noise alone to level 0, where the formulas have logarithms and roots of 0."""
+    if flow and not solver(name, options).flow:
+        pytest.skip("not defined in flow time")
+    levels = TIMES["from-noise-to-zero"] if flow else LEVELS["to-zero"]
+    count = loop(name, options, levels, flow)[1].drawn
+    expected = central_differences(name, options, levels, flow, count)
+    sigmas = torch.tensor(levels, dtype=torch.float64, requires_grad=True)
+    x = sample(name, options, sigmas, flow, count)
+    (got,) = torch.autograd.grad((x * WEIGHTS).sum(), sigmas)
+    assert torch.isfinite(got).all()
+    inner = got[1:-1] if flow else got[:-1]
+    assert error(inner, expected) <= 1e-6
+
+
+def test_floats_in_the_place_of_levels_give_the_same_program():
+    """A recipe written on floats is the one on tensors."""
+    from gradsampler.engine.program import Recorder
+    from gradsampler.parameterization import parameterize
+
+    for name in LOOPS:
+        for flow in (False, True):
+            found = solvers.resolve(name)
+            if flow and not found.flow:
+                continue
+            levels = TIMES["from-noise-to-zero"] if flow else LEVELS["to-zero"]
+            model = parameterize(MIXTURE.denoise, "flow" if flow else "x0")
+            numbers = []
+            for values in (levels, torch.tensor(levels, dtype=torch.float64).unbind()):
+                run = Recorder(model, len(levels) - 1)
+                x = found.steps(run, values[0] * run.z0(), values, gs.Churn(0.0))
+                numbers.append(run.finish(x).coefficients)
+            torch.testing.assert_close(*numbers, rtol=1e-13, atol=1e-13)
+
+
+def test_every_loop_is_a_solver_of_that_name():
+    assert set(LOOPS) <= set(solvers.names())
