@@ -89,9 +89,8 @@ class _Call:
         outputs: list[Tensor] = [flat[k] for k in places]
         self._floating = [k for k, x in enumerate(outputs) if x.dtype.is_floating_point]
         if not self._floating:
-            _checks.fail_type(
-                f"{self._name}: what it returns", "hold floating tensors that torch's pytrees find", result
-            )
+            what = f"{self._name}: what it returns"
+            _checks.fail_type(what, "hold floating tensors that torch's pytrees find", result)
         found = replay.reached(outputs, since)
         self.outer = found.outer
         own = {id(x) for x in fresh}

@@ -298,7 +298,7 @@ def _ltx() -> Any:
 
 def _cosmos_network() -> Any:
     return diffusers.CosmosTransformer3DModel(
-        in_channels=5,
+        in_channels=4,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -309,13 +309,17 @@ def _cosmos_network() -> Any:
         max_size=(4, 8, 8),
         patch_size=(1, 2, 2),
         rope_scale=(2.0, 1.0, 1.0),
-        concat_padding_mask=True,
+        concat_padding_mask=False,  # which needs torchvision
         extra_pos_embed_type="learnable",
     )
 
 
-class _Unchecked(torch.nn.Module):
+class _Unchecked(diffusers.ModelMixin, diffusers.ConfigMixin):
     """In the place of the package cosmos_guardrail, which is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def check_text_safety(self, prompt: str) -> bool:
         return True
@@ -323,18 +327,31 @@ class _Unchecked(torch.nn.Module):
 
 def _cosmos() -> Any:
     torch.manual_seed(0)
-    network = diffusers.CosmosTransformer3DModel(
-        **{**_cosmos_network().config, "in_channels": 4, "concat_padding_mask": True}
+    scheduler = diffusers.EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min"
     )
     return quiet(
         diffusers.CosmosTextToWorldPipeline(
             text_encoder=None,
             tokenizer=None,
-            transformer=network,
+            transformer=_cosmos_network(),
             vae=None,
-            scheduler=diffusers.EDMEulerScheduler(
-                sigma_min=0.002, sigma_max=80, sigma_data=0.5, final_sigmas_type="sigma_min"
-            ),
+            scheduler=scheduler,
+            safety_checker=_Unchecked(),
+        )
+    )
+
+
+def _cosmos2() -> Any:
+    torch.manual_seed(0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    return quiet(
+        diffusers.Cosmos2TextToImagePipeline(
+            text_encoder=None,
+            tokenizer=None,
+            transformer=_cosmos_network(),
+            vae=None,
+            scheduler=scheduler,
             safety_checker=_Unchecked(),
         )
     )
@@ -482,6 +499,12 @@ CASES = {
         _cosmos,
         TEXT | {"latents": (1, 4, 2, 4, 4)},
         GUIDED | {"num_inference_steps": 4, "height": 32, "width": 32, "num_frames": 9},
+        "program",
+    ),
+    "cosmos2": Case(
+        _cosmos2,
+        TEXT | {"latents": (1, 4, 1, 4, 4)},
+        GUIDED | {"num_inference_steps": 4, "height": 32, "width": 32},
         "program",
     ),
     "lcm": Case(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients through diffusers pipelines, conventionally imported as ``gsd``.
 
-    import gradsampler.integrations.diffusers as gsd
+import gradsampler.integrations.diffusers as gsd
 
-    run = gsd.pipeline(pipe)
-    latents = run(prompt_embeds=embeds, latents=z, guidance_scale=s, num_inference_steps=30)
+run = gsd.pipeline(pipe)
+latents = run(prompt_embeds=embeds, latents=z, guidance_scale=s, num_inference_steps=30)
 """
 
 import importlib.util

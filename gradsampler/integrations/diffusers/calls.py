@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from gradsampler import _checks
 from gradsampler.engine import generators
 from gradsampler.engine.recomputation import recomputed
+from gradsampler.integrations.diffusers.draws import replaced
 from gradsampler.integrations.diffusers.rehearsal import bound
 from gradsampler.integrations.diffusers.session import Session
 from gradsampler.memory import Auto, Checkpoint, Memory, Store, capacity, resolve
 from gradsampler.memory.saved import Saved
-from gradsampler.noise.sources import Given, NoiseSource
+from gradsampler.noise.sources import NoiseSource
 
 __all__ = ["run"]
 
@@ -53,24 +54,15 @@ class _Replaced:
     def __init__(self, session: Session, noise: NoiseSource) -> None:
         self._session, self._noise = session, noise
         self._z0: Tensor | None = None
-        self._step = self._drawn = 0
+        self._step = 0
 
     def __call__(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        (scheduler,) = own.args
+        (scheduler,), arguments = own.args, bound(own, args, kwargs)
         if self._z0 is None:
-            self._z0 = self._session.z0(bound(own, args, kwargs)["sample"])
-        z0, count = self._z0, len(scheduler.timesteps)
-
-        def draw(shape: tuple[int, ...], keywords: dict[str, Any]) -> Tensor:
-            index = self._drawn if isinstance(self._noise, Given) else self._step
-            self._drawn += 1
-            drawn = self._noise.at(z0, index, count)
-            return drawn.to(keywords.get("dtype") or drawn.dtype)
-
-        with self._session.glue.drawing(draw):
-            result = own(*args, **kwargs)
+            self._z0 = self._session.z0(arguments["sample"])
+        i, count = self._step, len(scheduler.timesteps)
         self._step += 1
-        return result
+        return replaced(self._session.glue, own, arguments, self._noise, self._z0, i, count)
 
 
 def _recomputed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

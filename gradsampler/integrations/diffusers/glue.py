@@ -7,13 +7,15 @@ tensor made of one, and the conversion to numpy at the end. And the draws of a s
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-__all__ = ["Glue"]
+__all__ = ["Glue", "Lifted"]
 
 Draw = Callable[[tuple[int, ...], dict[str, Any]], Tensor | None]
 
@@ -86,18 +88,44 @@ class Glue(TorchFunctionMode):
         return NotImplemented if drawn is None else drawn
 
     def _full(self, size: Any, fill_value: Any, **kwargs: Any) -> Any:
+        if isinstance(fill_value, Lifted):
+            fill_value = fill_value.origin
         if not _carries(fill_value):
             return NotImplemented
         fill = fill_value.to(kwargs.get("device"), kwargs.get("dtype") or fill_value.dtype)
         return fill.reshape(()).expand(tuple(size))
 
     def _tensor(self, data: Any, **kwargs: Any) -> Any:
+        if isinstance(data, Lifted):
+            data = data.origin
         if not _carries(data):
             return NotImplemented
         return data.to(kwargs.get("device"), kwargs.get("dtype") or data.dtype)
 
     def _numpy(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return x.detach().numpy(*args, **kwargs) if x.requires_grad else NotImplemented
+
+
+class Lifted(Tensor):
+    """A number that requires grad and passes where torch wants a number without.
+
+    `torch.full` refuses a tensor that requires grad before any mode sees it. Every other function
+    is called with the number itself.
+    """
+
+    origin: Tensor
+
+    @classmethod
+    def of(cls, origin: Tensor) -> "Lifted":
+        """The number in disguise."""
+        lifted = origin.detach().as_subclass(cls)
+        lifted.origin = origin
+        return lifted
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = partial(pytree.tree_map_only, Lifted, lambda x: x.origin)
+        return func(*plain(args), **plain(kwargs or {}))
 
 
 def _carries(x: object) -> bool:
@@ -111,4 +139,3 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.tensor: Glue._tensor,
     Tensor.numpy: Glue._numpy,
 }
-

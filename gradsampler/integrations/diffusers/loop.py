@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pipeline's ``__call__`` taken apart at its loop over the timesteps.
 
-Nearly all pipelines read ``head; for i, t in enumerate(timesteps): turn; tail``. To compute one turn
-again in backward, or to solve for the state with a table, the turn has to be a function. It is made
-from the source: the statements are the pipeline's own, in the order of the file, and tracebacks
-show its lines.
+Nearly all pipelines read ``head; for i, t in enumerate(timesteps): turn; tail``. To compute one
+turn again in backward, or to solve for the state with a table, the turn has to be a function. It is
+made from the source: the statements are the pipeline's own, and tracebacks show its lines.
 """
 
 import ast
@@ -14,7 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -42,11 +41,12 @@ class _Early(NamedTuple):
 
 def own_call(pipe: Any) -> FunctionType:
     """The pipeline's ``__call__`` without the `torch.no_grad` around it."""
-    call = type(pipe).__call__
-    decorator = torch.no_grad()(lambda: None).__code__  # type: ignore[attr-defined]
-    while getattr(call, "__code__", None) is decorator:
+    call: Any = type(pipe).__call__
+    decorated: Any = torch.no_grad()(lambda: None)
+    while getattr(call, "__code__", None) is decorated.__code__:
         call = call.__wrapped__
-    return call
+    function: FunctionType = call
+    return function
 
 
 class Loop:
@@ -71,7 +71,7 @@ class Loop:
             raise NoLoop("its loop has an else branch")
         self._before, self._after, self._arguments = before, after, tree.args
         self.assigned = _names(self._loop, ast.Store)
-        self.read_after = set[str]().union(*(_names(node, ast.Load) for node in after))
+        self.read_after = _needed(after)[0]
         self._built: dict[tuple[str, frozenset[str]], Callable[..., Any]] = {}
 
     def head(self, *args: Any, **kwargs: Any) -> Head:
@@ -126,7 +126,7 @@ class Loop:
         built.__defaults__ = self._function.__defaults__ if arguments is self._arguments else None
         if arguments is self._arguments:
             built.__kwdefaults__ = self._function.__kwdefaults__
-        return built  # type: ignore[no-any-return]
+        return cast(Callable[..., Any], built)
 
 
 _LOCALS = ast.Call(ast.Name("locals", ast.Load()), [], [])
@@ -228,6 +228,22 @@ def _names(node: ast.AST, context: type) -> set[str]:
         for each in ast.walk(node)
         if isinstance(each, ast.Name) and isinstance(each.ctx, context)
     }
+
+
+def _needed(body: Sequence[ast.stmt]) -> tuple[set[str], set[str]]:
+    """The names that statements read before they bind them, and those that they bind for sure."""
+    needed, defined = set[str](), set[str]()
+    for node in body:
+        if isinstance(node, ast.If):
+            needed |= _names(node.test, ast.Load) - defined
+            branches = [_needed(node.body), _needed(node.orelse)]
+            needed |= set[str]().union(*(reads for reads, _ in branches)) - defined
+            defined |= branches[0][1] & branches[1][1]
+        else:
+            needed |= _names(node, ast.Load) - defined
+            if isinstance(node, ast.Assign):
+                defined |= _names(node, ast.Store)
+    return needed, defined
 
 
 def _plain(arguments: ast.arguments) -> ast.arguments:

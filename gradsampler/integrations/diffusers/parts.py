@@ -74,9 +74,7 @@ def overridden(x: Any, methods: Mapping[str, Callable[..., Any]]) -> Any:
 
     kind = type(x)
     members = {name: method(name, replacement) for name, replacement in methods.items()}
-    members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    members["_stands_for"] = kind
-    x.__class__ = type(kind.__name__, (kind,), members)
+    x.__class__ = _subclass(kind, members | {"_stands_for": kind})
     return x
 
 
@@ -95,11 +93,12 @@ def stand_in(module: nn.Module, call: Callable[..., Any]) -> nn.Module:
         return call(module, *args, **kwargs)
 
     kind = type(module)
-    members = {
-        "__call__": __call__,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-    }
-    twin: nn.Module = object.__new__(type(kind.__name__, (kind,), members))
+    twin: nn.Module = object.__new__(_subclass(kind, {"__call__": __call__}))
     object.__setattr__(twin, "__dict__", module.__dict__)
     return twin
+
+
+def _subclass(kind: type, members: dict[str, Any]) -> type:
+    """A subclass that goes by the name of its base."""
+    told = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), members | told)

@@ -15,7 +15,7 @@ from gradsampler.integrations.diffusers import parts
 from gradsampler.integrations.diffusers.draws import Drawn
 from gradsampler.integrations.diffusers.loop import Loop, Names
 from gradsampler.integrations.diffusers.rehearsal import Rehearsal, bound
-from gradsampler.integrations.diffusers.session import Session
+from gradsampler.integrations.diffusers.session import Session, lifted
 from gradsampler.integrations.diffusers.table import Row, Table
 from gradsampler.memory import Memory, resolve
 from gradsampler.noise.sources import NoiseSource, Off
@@ -39,13 +39,11 @@ class Denoiser(Parameterization):
 
     level_dtype = torch.float64
 
-    def __init__(
-        self, session: Session, loop: Loop, rehearsal: Rehearsal, table: Table
-    ) -> None:
+    def __init__(self, session: Session, loop: Loop, rehearsal: Rehearsal, table: Table) -> None:
         self._session, self._loop = session, loop
         self._rehearsal, self._table = rehearsal, table
         self._reached = -1
-        self.network = self.evaluate
+        self.network = self.called
 
     def preconditioning(self, sigma: Tensor) -> Preconditioning:
         count = len(self._table.outputs[int(sigma.item())])
@@ -53,6 +51,10 @@ class Denoiser(Parameterization):
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
         return self.evaluate(x, int(noise[0].item()), **cond)
+
+    def called(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The first output alone."""
+        return self.evaluate(*args, **kwargs)[0]
 
     def evaluate(
         self, x: Tensor, i: int, names: Mapping[str, Any], attributes: Mapping[str, Any]
@@ -66,10 +68,10 @@ class Denoiser(Parameterization):
             attributes: attributes of the pipeline in the place of its own.
         """
         session, turn = self._session, self._rehearsal.turns[i]
-        before = {**turn.names, **names}
+        before = {**turn.names, **{name: lifted(x) for name, x in names.items()}}
         before |= {name: x.to(turn.names[name].dtype) for name in self._table.states[i]}
         parts.restored(session.scheduler, turn.scheduler)
-        session.pipe.__dict__.update(attributes)
+        session.put(attributes)
         count = 0
 
         def step(own: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,10 +106,10 @@ def recorded(table: Table, model: Parameterization, scale: float) -> Program:
 
 
 def _affine(row: Row) -> Affine:
-    items = row.coefficients.items()
+    items = row.items()
     return Affine(
-        {Slot(kind, turn, k): c for (kind, turn, k), c in items if kind != "n"},
-        {turn: c for (kind, turn, k), c in items if kind == "n"},
+        {Slot(*tag): c for tag, c in items if tag.kind != "n"},
+        {(tag.turn, tag.number): c for tag, c in items if tag.kind == "n"},
     )
 
 

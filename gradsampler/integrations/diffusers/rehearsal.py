@@ -20,7 +20,16 @@ from gradsampler.integrations.diffusers.loop import Head, Loop, Names
 from gradsampler.integrations.diffusers.session import Session
 
 __all__ = [
-    "Draw", "Refused", "Rehearsal", "Returned", "StepCall", "Turn", "bound", "rehearse", "same", "tensors"]
+    "Draw",
+    "Refused",
+    "Rehearsal",
+    "StepCall",
+    "Turn",
+    "bound",
+    "rehearse",
+    "same",
+    "tensors",
+]
 
 
 class Refused(Exception):
@@ -28,18 +37,12 @@ class Refused(Exception):
 
 
 class Draw(NamedTuple):
-    """One call of `torch.randn`."""
+    """Standard normal noise that a scheduler draws, as `randn_tensor` of diffusers takes it."""
 
     shape: tuple[int, ...]
-    kwargs: dict[str, Any]
-
-
-class Returned(NamedTuple):
-    """Names a tensor that a step returned."""
-
-    turn: int
-    call: int
-    position: int
+    generator: Any  # a torch.Generator, a list of them, one a sample, or None
+    device: torch.device | None
+    dtype: torch.dtype | None
 
 
 @dataclass
@@ -132,15 +135,18 @@ def _recorder(session: Session, turn: Turn) -> Callable[..., Any]:
     def step(own: Any, *args: Any, **kwargs: Any) -> Any:
         (scheduler,) = own.args
         plain = {k: v for k, v in vars(scheduler).items() if isinstance(v, int | float)}
-        call = StepCall(plain, bound(own, args, kwargs), [])
+        arguments = bound(own, args, kwargs)
+        call = StepCall(plain, arguments, [])
         turn.calls.append(call)
+        generator = arguments.get("generator")
 
         def draw(shape: tuple[int, ...], keywords: dict[str, Any]) -> Tensor:
-            call.draws.append(Draw(shape, dict(keywords)))
+            device, dtype = keywords.get("device"), keywords.get("dtype")
+            call.draws.append(Draw(shape, generator, device, dtype))
             return _zeros(shape, keywords)
 
         with session.glue.drawing(draw):
-            result = own(*args, **kwargs)
+            result = own(**without_generator(arguments))
         call.returned = list(tensors(result))
         return result
 
@@ -151,6 +157,11 @@ def bound(own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
     """The arguments of a method by parameter, without self."""
     found = inspect.signature(own.func).bind(*own.args, *args, **kwargs).arguments
     return dict(list(found.items())[1:])
+
+
+def without_generator(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a step that draws each of its noises in one call."""
+    return arguments | ({"generator": None} if "generator" in arguments else {})
 
 
 def tensors(result: Any) -> Iterator[Tensor]:
@@ -194,7 +205,7 @@ class _Mock:
     def __init__(self, guess: bool) -> None:
         self._guess = guess
         self._known: dict[int, Any] = {}
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(0x5EED)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         config = getattr(module, "config", None)

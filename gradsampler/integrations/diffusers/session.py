@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
 from gradsampler.integrations.diffusers import parts
-from gradsampler.integrations.diffusers.glue import Glue
+from gradsampler.integrations.diffusers.glue import Glue, Lifted
 from gradsampler.integrations.diffusers.loop import own_call
 
-__all__ = ["Bar", "Session"]
+__all__ = ["Bar", "Session", "lifted"]
 
 Model = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -85,7 +85,7 @@ class Session:
     def _adapted(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The arguments for the pipeline, and latents that it has no argument for."""
         known = inspect.signature(self.call).parameters
-        given = dict(arguments)
+        given = {name: lifted(x) for name, x in arguments.items()}
         start = given.pop("latents", None) if "latents" not in known else None
         decoded = "output_type" in given and given["output_type"] != "latent"
         if "output_type" in known and given.get("output_type") in ("pil", "np"):
@@ -102,7 +102,8 @@ class Session:
 
     def _twin(self, name: str, part: Any) -> Any:
         if isinstance(part, nn.Module):
-            foreign = any(each.__module__.startswith("transformers.") for each in type(part).__mro__)
+            homes = {each.__module__.split(".")[0] for each in type(part).__mro__}
+            foreign = "transformers" in homes
             return parts.stand_in(part, self._aside if foreign else self._called)
         if hasattr(part, "step") and hasattr(part, "set_timesteps"):
             hooks = {"step": self._stepped, "set_timesteps": self._set}
@@ -179,14 +180,15 @@ class Session:
 
     def carrying(self, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The local variables and the pipeline's attributes through which a gradient passes."""
+        own = {name: x for name, x in vars(self.pipe).items() if name not in self._swapped}
         return {
-            "names": {name: x for name, x in names.items() if _carries(x)},
-            "attributes": {
-                name: x
-                for name, x in vars(self.pipe).items()
-                if name not in self._swapped and _carries(x)
-            },
+            kind: {name: _plain(x) for name, x in values.items() if _carries(x)}
+            for kind, values in (("names", names), ("attributes", own))
         }
+
+    def put(self, attributes: Mapping[str, Any]) -> None:
+        """Sets attributes of the private pipeline."""
+        self.pipe.__dict__.update({name: lifted(x) for name, x in attributes.items()})
 
     def advance(self, turn: int) -> None:
         """Moves the bars on, where the pipeline's own code does not get to it."""
@@ -211,7 +213,6 @@ class Session:
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-
 def _set_levels(scheduler: Any, levels: Tensor) -> None:
     """Puts the caller's levels in the place of a scheduler's own."""
     own = getattr(scheduler, "sigmas", None)
@@ -220,6 +221,16 @@ def _set_levels(scheduler: Any, levels: Tensor) -> None:
         _checks.fail("levels", "be None for a scheduler without a table of sigmas", name)
     _checks.shape(f"levels of {name}", _checks.floating("levels", levels), own.shape)
     scheduler.sigmas = levels.to(own.device)
+
+
+def lifted(x: Any) -> Any:
+    """A number that requires grad in a form that every torch function takes; else x."""
+    number = isinstance(x, Tensor) and x.ndim == 0 and x.requires_grad
+    return Lifted.of(x) if number and not isinstance(x, Lifted) else x
+
+
+def _plain(x: Any) -> Any:
+    return pytree.tree_map_only(Lifted, lambda number: number.origin, x)
 
 
 def _carries(x: Any) -> bool:

@@ -5,6 +5,7 @@ The history of a scheduler is whatever it keeps from one step to the next. A dry
 which attributes, and in which local variables of the pipeline, tensors change.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gradsampler.integrations.diffusers import parts
+from gradsampler.integrations.diffusers.draws import replaced
 from gradsampler.integrations.diffusers.loop import Head, Loop, Names
-from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, same
-from gradsampler.integrations.diffusers.session import Session
+from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, bound, same
+from gradsampler.integrations.diffusers.session import Session, lifted
 from gradsampler.iteration import iterate
 from gradsampler.memory import Memory
 from gradsampler.noise.sources import NoiseSource
@@ -23,7 +25,7 @@ __all__ = ["Carried", "run"]
 
 
 class Place(NamedTuple):
-    """Where a tensor is kept: a local variable, or an attribute of the scheduler or an item of it."""
+    """Where a tensor is kept: a local variable, an attribute of the scheduler, or an item of it."""
 
     owner: str  # "names" | "scheduler"
     name: str
@@ -120,8 +122,9 @@ def _tensors(names: Names, scheduler: Mapping[str, Any]) -> Iterator[tuple[Place
 
 def _filled(values: Mapping[str, Any], tensors: Mapping[Place, Tensor], owner: str) -> Names:
     """A copy of ``values`` with the tensors in their places."""
-    filled = {name: list(v) if type(v) is list else v for name, v in values.items()}
-    filled = {name: dict(v) if type(v) is dict else v for name, v in filled.items()}
+    filled: dict[str, Any] = dict(values)
+    for name in {place.name for place in tensors if place.owner == owner and place.key is not None}:
+        filled[name] = copy.copy(filled[name])
     for place, x in tensors.items():
         if place.owner != owner:
             continue
@@ -158,22 +161,24 @@ class _Map:
         session, turn = self._session, self._rehearsal.turns[i]
         tensors = self._carried.unpacked(x, i)
         parts.restored(session.scheduler, _filled(turn.scheduler, tensors, "scheduler"))
-        session.pipe.__dict__.update(attributes)
+        session.put(attributes)
         session.live = i > self._reached
         self._reached = max(i, self._reached)
+        noise, count = self._noise, len(self._rehearsal.turns)
 
-        def draw(shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
-            assert self._noise is not None
+        def step(own: Any, *args: Any, **kwargs: Any) -> Any:
+            assert noise is not None
             assert z0 is not None
-            drawn = self._noise.at(z0, i, len(self._rehearsal.turns))
-            return drawn.to(kwargs.get("dtype") or drawn.dtype)
+            return replaced(session.glue, own, bound(own, args, kwargs), noise, z0, i, count)
 
         try:
-            with session.glue, session.glue.drawing(draw if self._noise is not None else None):
-                before = _filled({**turn.names, **names}, tensors, "names")
+            session.step = None if noise is None else step
+            with session.glue:
+                given = {name: lifted(value) for name, value in names.items()}
+                before = _filled({**turn.names, **given}, tensors, "names")
                 after = self._loop.turn(before, turn.item)
         finally:
-            session.live = True
+            session.live, session.step = True, None
         return self._carried.packed(after, vars(session.scheduler), i + 1)
 
 
@@ -197,8 +202,8 @@ def run(
     cond: dict[str, Any] = session.carrying(first.names)
     if noise is not None:
         cond["z0"] = z0 = session.z0(rehearsal.start)
-        drawing = [i for i, turn in enumerate(rehearsal.turns) if turn.draws]
-        noise = noise.prepare(z0.detach(), drawing)
+        drawn = [(i, k) for i, turn in enumerate(rehearsal.turns) for k in range(len(turn.draws))]
+        noise = noise.prepare(z0.detach(), drawn)
     x = iterate(
         _Map(session, loop, rehearsal, carried, noise),
         carried.packed(first.names, first.scheduler, 0),

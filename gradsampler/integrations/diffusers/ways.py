@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradsampler import _checks
@@ -211,5 +210,5 @@ def _bound(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 def _random(pipe: Any, arguments: Mapping[str, Any]) -> RandomState:
     """The random state that a call of the pipeline may change."""
-    device = torch.device(getattr(pipe, "_execution_device", "cpu"))
+    device = pipe._execution_device
     return RandomState(device, generators=generators.reachable(arguments))
