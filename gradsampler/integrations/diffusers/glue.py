@@ -30,6 +30,7 @@ class Glue(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.draw: Draw | None = None
+        self._wide = False
         self._depth = 0
 
     def __enter__(self) -> "Glue":
@@ -71,6 +72,25 @@ class Glue(TorchFunctionMode):
             yield
         finally:
             self.draw = before
+
+    @contextmanager
+    def wide(self) -> Iterator[None]:
+        """Leaves float64 as it is where the code would round it, in a with statement."""
+        self._wide = True
+        try:
+            yield
+        finally:
+            self._wide = False
+
+    def _to(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._wide and x.dtype == torch.float64:
+            asked = (*args, *kwargs.values())
+            if torch.float32 in asked:
+                return x
+        return NotImplemented
+
+    def _float(self, x: Tensor, **_: Any) -> Any:
+        return x if self._wide and x.dtype == torch.float64 else NotImplemented
 
     def _randn(self, *size: Any, **kwargs: Any) -> Any:
         if self.draw is None:
@@ -138,4 +158,6 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.full: Glue._full,
     torch.tensor: Glue._tensor,
     Tensor.numpy: Glue._numpy,
+    Tensor.to: Glue._to,
+    Tensor.float: Glue._float,
 }

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -219,7 +220,14 @@ def _set_levels(scheduler: Any, levels: Tensor) -> None:
     name = type(scheduler).__name__
     if not isinstance(own, Tensor):
         _checks.fail("levels", "be None for a scheduler without a table of sigmas", name)
+    derived = [k for k, v in vars(scheduler).items() if k.startswith("sigmas_") and v is not None]
+    if derived:
+        _checks.fail(
+            "levels", f"be None for {name}, which has {derived[0]} made of its own", "them"
+        )
     _checks.shape(f"levels of {name}", _checks.floating("levels", levels), own.shape)
+    if bool((levels < 0).any()) or not bool(torch.isfinite(levels).all()):
+        _checks.fail("levels", "be finite and at least 0", levels.tolist())
     scheduler.sigmas = levels.to(own.device)
 
 

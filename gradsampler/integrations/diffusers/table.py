@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradsampler.integrations.diffusers import parts
 from gradsampler.integrations.diffusers.glue import Glue
+from gradsampler.integrations.diffusers.levels import differentiable
 from gradsampler.integrations.diffusers.marking import Marked, Marker, Returned, Unit
 from gradsampler.integrations.diffusers.rehearsal import (
     Draw,
@@ -97,23 +98,41 @@ class _Replay:
         self._steps, self._wanted, self._glue = steps, wanted, glue
         self._scheduler = parts.plain(scheduler)
         self._ndim = steps[-1].call.arguments["sample"].ndim
+        self._index: dict[Unit, int] = {}
 
     def rows(self) -> list[Row]:
         """What is wanted as combinations of the unit vectors."""
+        levels = getattr(self._scheduler, "sigmas", None)
+        learned = isinstance(levels, Tensor) and levels.requires_grad
+        with torch.no_grad():
+            places = _read_places(torch.stack(self._vectors()), self._index, every=learned)
+
+        def coefficients(levels: Tensor | None) -> Tensor:
+            vectors = self._vectors(levels)
+            return torch.stack([vectors[i][self._index[tag]] for i, tag in places])
+
+        if levels is None or not learned:
+            with torch.no_grad():
+                values = coefficients(None)
+        else:
+            reach = max(i - tag.turn for i, tag in places)
+            values = differentiable(coefficients, levels, [i for i, _ in places], reach)
+        rows: list[Row] = [{} for _ in self._wanted]
+        for (i, tag), value in zip(places, values, strict=True):
+            rows[i][tag] = value
+        return rows
+
+    def _vectors(self, levels: Tensor | None = None) -> list[Tensor]:
+        """What is wanted, dense; with other levels than the scheduler's."""
         given = {tag for step in self._steps for tag in step.tags.values()}
         size = len(given) + _DRAWS * len(self._steps)
-        index: dict[Unit, int] = {}
 
         def unit(tag: Unit) -> Tensor:
             x = torch.zeros(size, dtype=torch.float64)
-            x[index.setdefault(tag, len(index))] = 1
+            x[self._index.setdefault(tag, len(self._index))] = 1
             return x.view(1, size, *[1] * (self._ndim - 2))
 
-        tables = vars(self._scheduler).values()
-        learned = any(isinstance(x, Tensor) and x.requires_grad for x in tables)
-        with torch.set_grad_enabled(learned):
-            vectors = [x.reshape(-1).to(torch.float64) for x in self._run(unit)]
-        return _sparse(vectors, index)
+        return [x.reshape(-1).to(torch.float64) for x in self._run(unit, levels)]
 
     def probe(self, rows: Sequence[Row]) -> None:
         """Compares the rows with the steps on random numbers, some of them large."""
@@ -135,8 +154,10 @@ class _Replay:
                 if not bool((error <= _LIMIT * (terms.abs().sum(0) + scale)).all()):
                     raise Refused(_not_affine(self._scheduler, i))
 
-    def _run(self, given: Callable[[Unit], Tensor]) -> list[Tensor]:
+    def _run(self, given: Callable[[Unit], Tensor], levels: Tensor | None = None) -> list[Tensor]:
         scheduler = parts.copied(self._scheduler)
+        if levels is not None:
+            scheduler.sigmas = levels
         returned: dict[Returned, Tensor] = {}
         for step in self._steps:
             drawn = 0
@@ -154,37 +175,37 @@ class _Replay:
             arguments = without_generator({**step.call.arguments, "return_dict": False})
             for name, tag in step.tags.items():
                 arguments[name] = returned[tag] if isinstance(tag, Returned) else given(tag)
-            with self._glue, self._glue.drawing(draw):
+            with self._glue, self._glue.drawing(draw), self._glue.wide():
                 result = scheduler.step(**arguments)
             for position, x in enumerate(tensors(result)):
                 returned[Returned(step.turn, step.number, position)] = x
         return [returned[tag] for tag in self._wanted]
 
 
-def _sparse(vectors: Sequence[Tensor], index: dict[Unit, int]) -> list[Row]:
-    """The rows without what they do not read.
+def _read_places(values: Tensor, index: dict[Unit, int], *, every: bool) -> list[tuple[int, Unit]]:
+    """The rows and units whose coefficient counts.
 
-    A coefficient that is 0 and learned stays where other rows, as far back in time, have one that
-    is not: its derivative may not be 0.
+    With ``every`` one that is 0 counts where other rows, as far back in time, have one that is not:
+    its derivative may not be 0.
     """
-    values = torch.stack([x.detach() for x in vectors])
     if not bool(torch.isfinite(values).all()):
         turn = int((~torch.isfinite(values)).any(1).nonzero()[0])
         raise Refused(f"the scheduler's numbers at turn {turn} are not finite")
-    read = set()
+    places = []
+    lags = set()
     for tag, number in index.items():
         for i in values[:, number].nonzero().flatten().tolist():
             if tag.kind == "?":
                 raise Refused("the scheduler keeps what an earlier step of the turn was given")
-            read.add((tag.kind, i - tag.turn, tag.number))
+            places.append((i, tag))
+            lags.add((tag.kind, i - tag.turn, tag.number))
+    if not every:
+        return sorted(places, key=lambda place: place[0])
     return [
-        {
-            tag: x[number]
-            for tag, number in index.items()
-            if (tag.kind, i - tag.turn, tag.number) in read
-            and (x.requires_grad or values[i, number] != 0)
-        }
-        for i, x in enumerate(vectors)
+        (i, tag)
+        for i in range(len(values))
+        for tag in index
+        if (tag.kind, i - tag.turn, tag.number) in lags
     ]
 
 
