@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random diffusers pipelines, one of each architecture, and the arguments of a short call."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import diffusers
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,  # or Stable Diffusion warns
+}
 
 
 def unet(**changes: Any) -> Any:
@@ -61,7 +67,7 @@ def quiet(pipe: Any) -> Any:
 def stable_diffusion(scheduler: Any = None, **changes: Any) -> Any:
     """Stable Diffusion with a decoder and without a text encoder."""
     torch.manual_seed(0)
-    scheduler = scheduler or diffusers.DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
+    scheduler = scheduler or diffusers.DDIMScheduler(**BETAS, clip_sample=False)
     return quiet(
         diffusers.StableDiffusionPipeline(
             vae=vae(),
@@ -77,7 +83,7 @@ def stable_diffusion(scheduler: Any = None, **changes: Any) -> Any:
 
 
 def _sd15() -> Any:
-    return stable_diffusion(diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1))
+    return stable_diffusion(diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True))
 
 
 def _sd21() -> Any:
@@ -85,7 +91,6 @@ def _sd21() -> Any:
         **BETAS,
         prediction_type="v_prediction",
         clip_sample=False,
-        steps_offset=1,
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
     )
@@ -408,6 +413,38 @@ def leaves(pipe: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
     return named
 
 
+def own(pipe: Any, arguments: dict[str, Any]) -> Tensor:
+    """The pipeline's latents by its own code, without the no_grad around it."""
+    call = inspect.unwrap(type(pipe).__call__)
+    if "latents" not in inspect.signature(call).parameters:
+        return _unconditional_loop(pipe, **arguments)
+    latents: Tensor = call(pipe, **arguments, output_type="latent", return_dict=False)[0]
+    return latents
+
+
+def _unconditional_loop(
+    pipe: Any,
+    latents: Tensor,
+    num_inference_steps: int,
+    generator: Any,
+    batch_size: int,
+    **options: Any,
+) -> Tensor:
+    """The loop of DDPMPipeline and DDIMPipeline, which take no latents."""
+    assert len(latents) == batch_size
+    pipe.scheduler.set_timesteps(num_inference_steps)
+    x = latents
+    for t in pipe.scheduler.timesteps:
+        output = pipe.unet(x, t).sample
+        x = pipe.scheduler.step(output, t, x, generator=generator, **options).prev_sample
+    return x
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """Relative distance."""
+    return float((a - b).detach().norm() / b.detach().norm())
+
+
 TEXT = {"prompt_embeds": (1, 5, 8), "negative_prompt_embeds": (1, 5, 8)}
 LATENTS = {"latents": (1, 4, 8, 8)}
 POOLED = {"pooled_prompt_embeds": (1, 8), "negative_pooled_prompt_embeds": (1, 8)}
@@ -520,3 +557,79 @@ CASES = {
         "program",
     ),
 }
+
+
+class Bare(diffusers.DiffusionPipeline):
+    """The loop that a scheduler's documentation shows, as a pipeline of a class of its own."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: Tensor,
+        num_inference_steps: int = 5,
+        generator: Any = None,
+        output_type: str = "latent",
+        return_dict: bool = True,
+        last: int | None = None,
+        spread: bool = False,
+        **options: Any,
+    ) -> Any:
+        parameters = inspect.signature(self.scheduler.step).parameters
+        if "generator" in parameters:
+            options["generator"] = generator
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps[:last]
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        previous = None
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                x = latents
+                if spread:  # a timestep for each sample
+                    t = t.expand(len(x))
+                if hasattr(self.scheduler, "scale_model_input"):
+                    x = self.scheduler.scale_model_input(x, t)
+                output = self.unet(x, timesteps[i])
+                if "old_pred_original_sample" in parameters:
+                    back = timesteps[i - 1] if i > 0 else None
+                    latents, previous = self.scheduler.step(
+                        output, previous, t, back, latents, **options, return_dict=False
+                    )
+                else:
+                    latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[
+                        0
+                    ]
+                progress_bar.update()
+        return (latents,) if not return_dict else {"latents": latents}
+
+
+class Small(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A smooth network of a state and a timestep: of [B, C, H, W], or of tokens [B, L, C]."""
+
+    config_name = "config.json"
+
+    @diffusers.configuration_utils.register_to_config
+    def __init__(self, in_channels: int = 4, out_channels: int = 4, tokens: bool = False) -> None:
+        super().__init__()
+        self.first: torch.nn.Module
+        self.last: torch.nn.Module
+        if tokens:
+            self.first = torch.nn.Linear(in_channels, 8)
+            self.last = torch.nn.Linear(8, out_channels)
+        else:
+            self.first = torch.nn.Conv2d(in_channels, 8, 3, padding=1)
+            self.last = torch.nn.Conv2d(8, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Any) -> Tensor:
+        hidden = torch.tanh(self.first(x) + torch.sin(0.01 * torch.as_tensor(t).to(x)))
+        output: Tensor = self.last(hidden)
+        return output
+
+
+def bare(scheduler: Any, **sizes: Any) -> Any:
+    """A bare loop of a small network."""
+    torch.manual_seed(0)
+    return quiet(Bare(Small(**sizes), scheduler))

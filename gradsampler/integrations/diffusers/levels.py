@@ -8,6 +8,7 @@ differences in float64. These cost a few tables, since a coefficient depends on 
 own turn.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,7 +58,8 @@ def differentiable(
 
 def _by_autograd(coefficients: Coefficients, levels: Tensor) -> Tensor | None:
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a number that loses its gradient, which is seen
             value = coefficients(levels.to(torch.float64))
     except (RuntimeError, TypeError):  # such as a conversion to numpy
         return None

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["copied", "overridden", "plain", "restored", "snapshot", "stand_in"]
+__all__ = ["copied", "made", "overridden", "plain", "restored", "snapshot", "stand_in"]
 
 
 def copied(scheduler: Any) -> Any:
@@ -47,6 +47,15 @@ def restored(x: Any, attributes: Mapping[str, Any]) -> None:
     """Puts an object into the state of a snapshot, which stays as it is."""
     x.__dict__.clear()
     x.__dict__.update({name: _container(value) for name, value in attributes.items()})
+
+
+def made(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The objects among the attributes ``after`` that are not among those ``before``.
+
+    Such as a Brownian tree, which a scheduler builds at its first step and asks at the others.
+    """
+    plain = (Tensor, list, dict, tuple, str, bytes, int, float, type(None))
+    return {k: v for k, v in after.items() if not isinstance(v, plain) and v is not before.get(k)}
 
 
 def _container(x: Any) -> Any:

@@ -153,11 +153,19 @@ class Session:
         return self.bars[-1]
 
     def started(self, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The caller's latents in the place of a pipeline's own first draw."""
-        start, self._start = self._start, None
-        if start is None:
+        """The caller's latents in the place of a pipeline's own first draw.
+
+        With a list of generators a pipeline draws its samples one by one.
+        """
+        if self._start is None:
             return None
-        _checks.shape("latents", _checks.floating("latents", start), shape)
+        start = _checks.floating("latents", self._start)
+        one = (1, *start.shape[1:])
+        if shape == one and len(start) > 1:
+            start, self._start = start[:1], start[1:]
+        else:
+            self._start = None
+        _checks.shape("latents", start, shape)
         return start.to(kwargs.get("device"), kwargs.get("dtype") or start.dtype)
 
     @property
@@ -173,7 +181,7 @@ class Session:
         """
         if not self.starts_from_noise:
             return 1.0
-        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        return float(torch.as_tensor(getattr(self.scheduler, "init_noise_sigma", 1.0)).detach())
 
     def z0(self, start: Tensor) -> Tensor:
         """The standard normal noise that the run starts from."""
@@ -223,7 +231,7 @@ def _set_levels(scheduler: Any, levels: Tensor) -> None:
     derived = [k for k, v in vars(scheduler).items() if k.startswith("sigmas_") and v is not None]
     if derived:
         _checks.fail(
-            "levels", f"be None for {name}, which has {derived[0]} made of its own", "them"
+            "levels", f"be None for {name}, whose {derived[0]} follow from its own", "some"
         )
     _checks.shape(f"levels of {name}", _checks.floating("levels", levels), own.shape)
     if bool((levels < 0).any()) or not bool(torch.isfinite(levels).all()):

@@ -38,12 +38,13 @@ class Carried:
     Args:
         head: where the loop begins.
         rehearsal: the dry run.
+        tail: whether the pipeline goes on after the loop; else the last state is the result.
 
     Raises:
-        Refused: where one of them changes its shape along the run.
+        Refused: where one of them changes its shape along the run, or there is no last state.
     """
 
-    def __init__(self, head: Head, rehearsal: Rehearsal) -> None:
+    def __init__(self, head: Head, rehearsal: Rehearsal, *, tail: bool) -> None:
         first = rehearsal.turns[0].scheduler
         boundaries = [(turn.names, turn.scheduler) for turn in rehearsal.turns]
         boundaries.append((rehearsal.names, rehearsal.scheduler))
@@ -67,7 +68,9 @@ class Carried:
                 like = self._like.setdefault(place, each[place])
                 if like.shape != each[place].shape:
                     raise Refused(f"{place.name} changes its shape along the run")
-        self.result = _holding(alive[-1], rehearsal)
+        self._result = _holding(alive[-1], rehearsal)
+        if self._result is None and not tail:
+            raise Refused("the pipeline changes what the last step returned")
         self._sizes = [x.numel() for x in self._like.values()]
         self.dtype = torch.float32
         for x in self._like.values():
@@ -93,14 +96,18 @@ class Carried:
             if place in alive
         }
 
+    def result(self, tensors: Mapping[Place, Tensor]) -> Tensor | None:
+        """What the last step returned, among the tensors after it."""
+        return None if self._result is None else tensors[self._result]
 
-def _holding(alive: Mapping[Place, Tensor], rehearsal: Rehearsal) -> Place:
-    """Where the last step's result is kept."""
+
+def _holding(alive: Mapping[Place, Tensor], rehearsal: Rehearsal) -> Place | None:
+    """Where the last step's result is kept, if the pipeline does not change it afterwards."""
     steps = rehearsal.turns[-1].calls
     for place, x in alive.items():
         if steps and place.owner == "names" and same(x, steps[-1].returned[0]):
             return place
-    raise Refused("what its last step returns is bound to no name")
+    return None
 
 
 def _tensors(names: Names, scheduler: Mapping[str, Any]) -> Iterator[tuple[Place, Tensor]]:
@@ -149,6 +156,7 @@ class _Map:
         self._session, self._loop, self._rehearsal = session, loop, rehearsal
         self._carried, self._noise = carried, noise
         self._reached = -1
+        self._made: dict[str, Any] = {}  # objects that the scheduler made in this run
 
     def __call__(
         self,
@@ -160,7 +168,11 @@ class _Map:
     ) -> Tensor:
         session, turn = self._session, self._rehearsal.turns[i]
         tensors = self._carried.unpacked(x, i)
-        parts.restored(session.scheduler, _filled(turn.scheduler, tensors, "scheduler"))
+        first = self._rehearsal.turns[0].scheduler
+        rehearsed = parts.made(first, turn.scheduler)
+        objects = {name: x for name, x in self._made.items() if name in rehearsed}
+        scheduler = _filled(turn.scheduler, tensors, "scheduler") | objects
+        parts.restored(session.scheduler, scheduler)
         session.put(attributes)
         session.live = i > self._reached
         self._reached = max(i, self._reached)
@@ -177,6 +189,8 @@ class _Map:
                 given = {name: lifted(value) for name, value in names.items()}
                 before = _filled({**turn.names, **given}, tensors, "names")
                 after = self._loop.turn(before, turn.item)
+            if session.live:
+                self._made |= parts.made(first, vars(session.scheduler))
         finally:
             session.live, session.step = True, None
         return self._carried.packed(after, vars(session.scheduler), i + 1)
@@ -190,8 +204,10 @@ def run(
     *,
     memory: str | Memory,
     noise: NoiseSource | None,
-) -> tuple[Names, Tensor]:
+) -> tuple[Names, Tensor | None]:
     """Runs the steps; the local variables that the loop ends with, and the state [B, *state].
+
+    There is no state where the pipeline changes what the last step returned.
 
     Args:
         session, loop, rehearsal, carried: the call.
@@ -212,4 +228,4 @@ def run(
         cond=cond,
     )
     tensors = carried.unpacked(x, count)
-    return _filled(rehearsal.names, tensors, "names"), tensors[carried.result]
+    return _filled(rehearsal.names, tensors, "names"), carried.result(tensors)

@@ -31,7 +31,7 @@ __all__ = ["Row", "Table", "read"]
 Row = dict[Unit, Tensor]  # 0-d float64 coefficients; they may carry a gradient to the levels
 
 _LIMIT = 1e-5  # of the sum of a row's terms; the tables are float32 upstream
-_SCALES = (0.0, 1e-2, 1.0, 1e3)  # of the samples of the probe
+_SCALES = (0.0, 1e-2, 1.0, 1e3)  # of the channels of the probe
 _DRAWS = 4  # that a step makes at most
 
 
@@ -69,6 +69,8 @@ def read(rehearsal: Rehearsal, scheduler: Any, glue: Glue, results: set[str] | N
 
 
 def _read(rehearsal: Rehearsal, scheduler: Any, glue: Glue, results: set[str] | None) -> Table:
+    if hasattr(scheduler, "noise_sampler"):
+        raise Refused(f"{type(scheduler).__name__} draws its noise from a Brownian tree")
     marker = Marker(rehearsal)
     turns = [marker.marked(i, turn) for i, turn in enumerate(rehearsal.turns)]
     result, names = marker.result(results)
@@ -97,7 +99,8 @@ class _Replay:
     ) -> None:
         self._steps, self._wanted, self._glue = steps, wanted, glue
         self._scheduler = parts.plain(scheduler)
-        self._ndim = steps[-1].call.arguments["sample"].ndim
+        self._batch, *inner = steps[-1].call.arguments["sample"].shape
+        self._inner = len(inner)
         self._index: dict[Unit, int] = {}
 
     def rows(self) -> list[Row]:
@@ -130,15 +133,18 @@ class _Replay:
         def unit(tag: Unit) -> Tensor:
             x = torch.zeros(size, dtype=torch.float64)
             x[self._index.setdefault(tag, len(self._index))] = 1
-            return x.view(1, size, *[1] * (self._ndim - 2))
+            return x.view(1, size, *[1] * (self._inner - 1)).repeat(self._batch, *[1] * self._inner)
 
-        return [x.reshape(-1).to(torch.float64) for x in self._run(unit, levels)]
+        vectors = [x.flatten(1).to(torch.float64) for x in self._run(unit, levels)]
+        if any(bool((x != x[:1]).any()) for x in vectors):
+            raise Refused("its scheduler steps the samples of a batch differently")
+        return [x[0] for x in vectors]
 
     def probe(self, rows: Sequence[Row]) -> None:
         """Compares the rows with the steps on random numbers, some of them large."""
         generator = torch.Generator().manual_seed(1)
-        scale = torch.tensor(_SCALES, dtype=torch.float64).view(-1, *[1] * (self._ndim - 1))
-        shape = (len(_SCALES), *[4] * (self._ndim - 1))
+        scale = torch.tensor(_SCALES, dtype=torch.float64).view(1, -1, *[1] * (self._inner - 1))
+        shape = (self._batch, len(_SCALES), *[4] * (self._inner - 1))
         known: dict[Unit, Tensor] = {}
 
         def random(tag: Unit) -> Tensor:
@@ -215,6 +221,7 @@ def _not_affine(scheduler: Any, turn: int) -> str:
     for flag, what in (
         ("thresholding", "thresholds the predicted sample"),
         ("clip_sample", "clamps the predicted sample"),
+        ("clip_denoised", "clamps the predicted sample"),
     ):
         if config.get(flag):
             return (

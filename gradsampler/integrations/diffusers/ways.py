@@ -150,6 +150,8 @@ class Pipeline:
         loop, rehearsal = prepared.loop, prepared.rehearsal
         assert loop is not None
         assert rehearsal is not None
+        names: dict[str, Any]
+        x: Tensor | None
         if way == "program":
             assert prepared.table is not None
             names, x = program.run(
@@ -160,7 +162,7 @@ class Pipeline:
             names, x = steps.run(
                 session, loop, rehearsal, prepared.carried, memory=self._memory, noise=noise
             )
-        if not session.wants_tail:
+        if x is not None and not session.wants_tail:
             return x
         with session.glue:
             return session.result(loop.tail(names))
@@ -188,7 +190,7 @@ def _prepared(session: Session) -> _Prepared:
     except Refused as reason:
         against["program"] = str(reason)
     try:
-        carried = steps.Carried(head, rehearsal)
+        carried = steps.Carried(head, rehearsal, tail=session.wants_tail)
     except Refused as reason:
         against["steps"] = str(reason)
     method = next(way for way in METHODS[1:] if way not in against)
