@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Program, Recorder
 from gradsampler.engine.trajectory import GradientWarning
-from gradsampler.memory import Memory, Reversible, resolve
+from gradsampler.memory import Memory, resolve
 from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.sampling import integrate
 
@@ -40,7 +41,7 @@ class StepMap(Parameterization):
             _checks.fail_type("step", "be callable as step(x, i, **cond)", step)
         self.network = step
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return Preconditioning(0.0, (1.0,), 1.0, sigma)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -52,7 +53,7 @@ def program(step_map: StepMap, num_steps: int) -> Program:
     run = Recorder(step_map, num_steps)
     x = run.z0()
     for run.step in range(num_steps):
-        _, x = run.denoise(x, torch.tensor(run.step, dtype=torch.float64))
+        _, x = run.denoise(x, float(run.step))
     return run.finish(x)
 
 
@@ -101,11 +102,11 @@ def iterate(
     """
     x = _checks.batched("x", x)
     step_map = StepMap(step)
-    if isinstance(resolve(memory), Reversible):
+    if not resolve(memory).any_program:
         _checks.fail(
             "memory",
             "be a strategy for any step map",
-            "'reversible', which has to undo the steps",
+            f"{memory!r}, which has to undo the steps",
             "take memory='checkpoint'",
         )
     return integrate(

@@ -11,7 +11,8 @@ it. The state is in VE coordinates, ``x = x0 + s*e``; in a native flow run it is
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from gradsampler import _checks
 from gradsampler.coordinates import VE, Coordinates, FlowTime
-from gradsampler.elementary import Coefficient
+from gradsampler.elementary import Coefficient, log, sqrt, square
 
 __all__ = [
     "EDM",
@@ -60,8 +61,12 @@ class Parameterization(ABC):
         return VE()
 
     @abstractmethod
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        """The map at the noise levels ``sigma``, float64 of any shape (a run passes 0-d)."""
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        """The map at the noise level ``sigma``, a float, or float64 levels of any shape."""
+
+    def described(self) -> Hashable | None:
+        """All that the affine map depends on, by value; None where that is not known."""
+        return None
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Calls the network: x [B, *state] is scaled by c_in, noise [B] holds c_noise."""
@@ -98,15 +103,16 @@ class Prediction(Parameterization):
     def coordinates(self) -> Coordinates:
         return FlowTime() if self.kind == "flow" else VE()
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def described(self) -> Hashable | None:
+        return Prediction, self.kind
+
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         if self.kind == "x0":
             return Preconditioning(0.0, (1.0,), 1.0, sigma)
-        if (
-            self.kind == "v"
-        ):  # Salimans and Ho 2022, arXiv 2202.00512, appendix D, with x = x_vp/alpha
-            return Preconditioning(
-                1 / (sigma**2 + 1), (-sigma / torch.sqrt(sigma**2 + 1),), 1.0, sigma
-            )
+        if self.kind == "v":
+            # Salimans and Ho 2022, arXiv 2202.00512, appendix D, with x = x_vp/alpha
+            variance = square(sigma) + 1
+            return Preconditioning(1 / variance, (-sigma / sqrt(variance),), 1.0, sigma)
         # epsilon: x = x0 + s*e. flow: x = (1-s)*x0 + s*e with v = e - x0. Both give D = x - s*out.
         return Preconditioning(1.0, (-sigma,), 1.0, sigma)
 
@@ -137,14 +143,17 @@ class EDM(Parameterization):
         if not _checks.finite("EDM: sigma_data", self.sigma_data) > 0:
             _checks.fail("EDM: sigma_data", "be positive", self.sigma_data)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        variance = sigma**2 + self.sigma_data**2
-        root = torch.sqrt(variance)
+    def described(self) -> Hashable | None:
+        return EDM, self.sigma_data
+
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        variance = square(sigma) + square(self.sigma_data)
+        root = sqrt(variance)
         return Preconditioning(
-            self.sigma_data**2 / variance,
+            square(self.sigma_data) * (1 / variance),
             (sigma * self.sigma_data / root,),
             1 / root,
-            torch.log(sigma) / 4,
+            log(sigma) / 4,
         )
 
 
@@ -175,25 +184,34 @@ class VP(Parameterization):
         if not inside or not bool((alphas.diff() < 0).all()):
             _checks.fail("VP: alphas_cumprod", "decrease within (0, 1)", alphas.tolist()[:4])
         self.log_sigmas = 0.5 * (torch.log1p(-alphas) - torch.log(alphas))  # [T], increasing
+        self._table: list[float] = self.log_sigmas.tolist()
 
-    def timestep(self, sigma: Tensor) -> Tensor:
+    def timestep(self, sigma: Coefficient) -> Coefficient:
         """The timestep of a noise level, fractional between two of the table."""
-        table = self.log_sigmas.to(sigma.device)
-        log_sigma = torch.log(sigma)
-        above = torch.searchsorted(table, log_sigma.detach()).clamp(1, len(table) - 1)
-        low, high = table[above - 1], table[above]
-        return above - 1 + ((log_sigma - low) / (high - low)).clamp(0, 1)
+        log_sigma = log(sigma)
+        if not isinstance(log_sigma, Tensor):
+            above = min(max(bisect_left(self._table, log_sigma), 1), len(self._table) - 1)
+            low, high = self._table[above - 1], self._table[above]
+            return above - 1 + min(max((log_sigma - low) / (high - low), 0.0), 1.0)
+        table = self.log_sigmas.to(log_sigma.device)
+        after = torch.searchsorted(table, log_sigma.detach()).clamp(1, len(table) - 1)
+        before, behind = table[after - 1], table[after]
+        return after - 1 + ((log_sigma - before) / (behind - before)).clamp(0, 1)
 
-    def _scales(self, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+    def described(self) -> Hashable | None:
+        return VP, self.prediction, tuple(self._table)
+
+    def _scales(self, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         if self.prediction == "x0":
             return 0.0, 1.0
         if self.prediction == "epsilon":
             return 1.0, -sigma
-        return 1 / (sigma**2 + 1), -sigma / torch.sqrt(sigma**2 + 1)
+        variance = square(sigma) + 1
+        return 1 / variance, -sigma / sqrt(variance)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         c_skip, c_out = self._scales(sigma)
-        return Preconditioning(c_skip, (c_out,), 1 / torch.sqrt(sigma**2 + 1), self.timestep(sigma))
+        return Preconditioning(c_skip, (c_out,), 1 / sqrt(square(sigma) + 1), self.timestep(sigma))
 
 
 class Flow(Parameterization):
@@ -207,7 +225,10 @@ class Flow(Parameterization):
     def __init__(self, network: Network) -> None:
         self.network = _callable("Flow: network", network)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def described(self) -> Hashable | None:
+        return (Flow,)
+
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         shrink = 1 / (1 + sigma)
         return Preconditioning(shrink, (-sigma * shrink,), shrink, sigma * shrink)
 
@@ -243,7 +264,13 @@ class Guided(Parameterization):
         self.scale = scale
         self.unconditional = dict(unconditional)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def described(self) -> Hashable | None:
+        inner = by_value(self.inner)
+        if inner is None or isinstance(self.scale, Tensor):
+            return None
+        return Guided, inner, self.scale
+
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         inner = self.inner.preconditioning(sigma)
         plain = tuple((1 - self.scale) * c for c in inner.c_out)
         return inner._replace(c_out=plain + tuple(self.scale * c for c in inner.c_out))
@@ -254,6 +281,11 @@ class Guided(Parameterization):
 
     def modules(self) -> Iterator[nn.Module]:
         return self.inner.modules()
+
+
+def by_value(model: Parameterization) -> Hashable | None:
+    """`Parameterization.described`, where the class itself says so and does not inherit it."""
+    return model.described() if "described" in vars(type(model)) else None
 
 
 def parameterize(denoiser: "Parameterization | Network", prediction: str) -> Parameterization:

@@ -1,163 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every scheduler of diffusers by each way, and gradients to its levels."""
+"""Solvers against the diffusers scheduler of the same method, on the scheduler's own levels."""
 
-import inspect
+import dataclasses
+import sys
+import warnings
 
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 import gradsampler as gs
-import gradsampler.integrations.diffusers as gsd
-from support import schedulers
-from support.pipelines import BETAS, apart, bare, diffusers
-from support.schedulers import OTHER, SETUPS
+from gradsampler import noise as noises
+from gradsampler import solvers
+from support.problems import Mixture, normal
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # upstream under numpy 2
-    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde in float32
-]
-
-CLASSES = {each.__name__: each for each in schedulers.classes()}
-CHEAP = ("DDIMScheduler", "UniPCMultistepScheduler")
-BROWNIAN = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
+pytestmark = pytest.mark.thorough  # importing diffusers takes seconds
 
 
-def test_no_scheduler_is_forgotten():
-    assert set(CLASSES) == {*SETUPS, *OTHER}
+@pytest.fixture(scope="module")
+def diffusers():
+    """The package; imported late, so that a run without these tests does not wait for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("diffusers")
 
 
-def setups():
-    for name, each in SETUPS.items():
-        for k, setup in enumerate(each):
-            marks = [] if name in CHEAP else [pytest.mark.thorough]
-            yield pytest.param(name, setup, marks=marks, id=f"{name}-{k}")
+SHAPE = (2, 2, 3)
+MIXTURE = Mixture(6)
+Z0 = normal(*SHAPE, seed=1)
+NOISES = [normal(*SHAPE, seed=20 + k) for k in range(40)]
 
 
-def run(pipe, setup, latents):
-    """The pipeline's own code, without no_grad."""
-    call = inspect.unwrap(type(pipe).__call__)
-    torch.manual_seed(5)
-    arguments = schedulers.arguments(setup) | {"latents": latents}
-    return call(pipe, **arguments, return_dict=False)[0]
+def denoise(x, s, coordinates):
+    """D of a state in the coordinates of the scheduler."""
+    s = torch.as_tensor(s, dtype=torch.float64)
+    if coordinates == "flow":
+        return MIXTURE.posterior(x, 1 - s, s)
+    return MIXTURE.denoise(x, s)
 
 
-@pytest.mark.parametrize(("name", "setup"), list(setups()))
-def test_a_scheduler_has_the_sample_and_the_gradient_of_its_own_code(name, setup):
-    if name in BROWNIAN:
-        pytest.importorskip("torchsde")
-    pipe = schedulers.pipeline(CLASSES[name], setup)
-    # In float32 the gradient through IPNDM's first step is a difference of numbers near 1e8.
-    dtype = torch.float64 if name == "IPNDMScheduler" else torch.float32
-    pipe.unet.to(dtype)
-    latents = schedulers.arguments(setup)["latents"].detach().to(dtype).requires_grad_()
-    sample = run(pipe, setup, latents)
-    (wanted,) = torch.autograd.grad(sample.square().mean(), latents)
-    assert wanted.isfinite().all()
-    arguments = schedulers.arguments(setup) | {"latents": latents}
-    explained = gsd.explain(pipe, **arguments)
-    assert explained.method == ("program" if setup.affine else "steps")
-    for way in ("program", "steps", "calls"):
-        if way in explained.against:
-            continue
-        torch.manual_seed(5)
-        arguments = schedulers.arguments(setup) | {"latents": latents}
-        x = gsd.pipeline(pipe, "checkpoint", way)(**arguments)
-        assert torch.equal(x, sample) or (way == "program" and apart(x, sample) < 1e-5)
-        assert apart(torch.autograd.grad(x.square().mean(), latents)[0], wanted) < 1e-5
+def scheduled(scheduler, coordinates, steps, monkeypatch):
+    """The scheduler's own run: its levels and its sample, in VE coordinates or flow time."""
+    supply = iter(NOISES)
+    module = sys.modules[type(scheduler).__module__]
+    if hasattr(module, "randn_tensor"):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, dtype=None, **__: next(supply))
+    scheduler.set_timesteps(steps)
+    # Their tables are float32, in which the differences of a polynomial's nodes lose digits.
+    scheduler.sigmas = scheduler.sigmas.double()
+    if scheduler.sigmas[-1] == scheduler.sigmas[-2]:  # a last step that goes nowhere
+        scheduler.sigmas[-1] /= 5
+    sigmas = scheduler.sigmas.tolist()
+    vp = coordinates == "vp"
+
+    def scale(s):
+        return (1 + s**2) ** 0.5 if vp else 1.0
+
+    x = sigmas[0] * Z0 / scale(sigmas[0])
+    told, s = [], sigmas[0]
+    for i, t in enumerate(scheduler.timesteps):
+        s = sigmas[i]
+        if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
+            back = "Ancestral" in type(scheduler).__name__
+            s = float(scheduler.sigmas_interpol[i - back])
+        else:
+            told.append(s)
+        x = x.double()
+        if not vp:
+            getattr(scheduler, "scale_model_input", lambda *_: None)(x, t)  # they insist
+        wide = x * scale(s)
+        output = (wide - denoise(wide, s, coordinates)) / s  # epsilon, or the velocity
+        x = scheduler.step(output, t, x).prev_sample
+    levels = [*dict.fromkeys([*told, sigmas[-1]])]
+    return levels, x.double() * scale(levels[-1])
 
 
-# ------------------------------------------------------------------ levels
+PLUS = {"algorithm_type": "dpmsolver++", "solver_order": 2, "lower_order_final": False}
+SDE = {**PLUS, "algorithm_type": "sde-dpmsolver++"}
+SA = {"tau_func": lambda t: torch.tensor(1.0), "lower_order_final": False}
+UNI = {"solver_order": 3}
+BH1 = {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}  # NaN at a final 0
 
-
-LEARNED = {
-    "EulerDiscreteScheduler": {},
-    "EulerAncestralDiscreteScheduler": {},  # upstream: NaN
-    "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},  # NaN at the end
-    "UniPCMultistepScheduler": {},  # NaN at the end
-    "LMSDiscreteScheduler": {},  # silently wrong
-    "DEISMultistepScheduler": {},  # refused by numpy
-    "SASolverScheduler": {},  # NaN
-    "HeunDiscreteScheduler": {},
+CASES = {
+    "euler": ("EulerDiscreteScheduler", {}, "ve", {}),
+    "heun": ("HeunDiscreteScheduler", {}, "ve", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}, "ve", {}),
+    "lms": ("LMSDiscreteScheduler", {}, "ve", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, "ve", {}),
+    "dpm_2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}, "ve", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", PLUS, "vp", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", SDE, "vp", {}),
+    "dpmpp_2m_sde-heun": (
+        "DPMSolverMultistepScheduler",
+        {**SDE, "solver_type": "heun"},
+        "vp",
+        {"variant": "heun"},
+    ),
+    "dpmpp_3m_sde": (
+        "DPMSolverMultistepScheduler",
+        {**PLUS, "solver_order": 3, "solver_type": "heun"},
+        "vp",
+        {"eta": 0.0},
+    ),
+    "uni_pc-order2": ("UniPCMultistepScheduler", BH1, "vp", {"order": 2}),
+    "uni_pc": ("UniPCMultistepScheduler", {**UNI, **BH1}, "vp", {}),
+    "uni_pc_bh2-order2": ("UniPCMultistepScheduler", {}, "vp", {"order": 2}),
+    "uni_pc_bh2": ("UniPCMultistepScheduler", UNI, "vp", {}),
+    "deis-order2": ("DEISMultistepScheduler", {}, "vp", {"variable": "log_rho", "order": 2}),
+    "deis": ("DEISMultistepScheduler", {"solver_order": 3}, "vp", {"variable": "log_rho"}),
+    "sa_solver-order2": (
+        "SASolverScheduler",
+        SA,
+        "vp",
+        {"predictor_order": 2, "corrector_order": 2, "simple_order_2": True},
+    ),
+    "sa_solver": (
+        "SASolverScheduler",
+        {**SA, "predictor_order": 3, "corrector_order": 4},
+        "vp",
+        {"simple_order_2": True},
+    ),
+}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+CASES |= {
+    "euler-flow": ("FlowMatchEulerDiscreteScheduler", {}, "flow", {}),
+    "heun-flow": ("FlowMatchHeunDiscreteScheduler", {}, "flow", {}),
+    "dpmpp_2m-flow": ("DPMSolverMultistepScheduler", {**PLUS, **FLOW}, "flow", {}),
+    "dpmpp_2m_sde-flow": ("DPMSolverMultistepScheduler", {**SDE, **FLOW}, "flow", {}),
+    "uni_pc_bh2-flow": ("UniPCMultistepScheduler", {**UNI, **FLOW}, "flow", {}),
+    "deis-flow": (
+        "DEISMultistepScheduler",
+        {"solver_order": 3, **FLOW},
+        "flow",
+        {"variable": "log_rho"},
+    ),
+    "sa_solver-flow": (
+        "SASolverScheduler",
+        {**SA, **FLOW, "predictor_order": 3, "corrector_order": 3},
+        "flow",
+        {"corrector_order": 3, "simple_order_2": True},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_gradients_to_the_levels_are_those_of_differences(name):
-    pipe = bare(CLASSES[name](**BETAS, **LEARNED[name]))
-    pipe.unet.double().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
-    scheduler = CLASSES[name](**BETAS, **LEARNED[name])
-    scheduler.set_timesteps(4)
-    start = scheduler.sigmas.double()
-    sampled = gsd.pipeline(pipe, "checkpoint", "program")
-
-    def loss(levels):
-        seeded = torch.Generator().manual_seed(1)
-        x = sampled(latents, 4, levels=levels, generator=seeded)
-        return x.square().mean()
-
-    levels = start.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(levels), levels)
-    assert gradient.isfinite().all()
-    inner = (start > 0).nonzero().flatten().tolist()
-    wanted = []
-    for k in inner:
-        step = 1e-4 * float(start[k])
-        ahead, behind = start.clone(), start.clone()
-        ahead[k] += step
-        behind[k] -= step
-        wanted.append(float(loss(ahead) - loss(behind)) / (2 * step))
-    assert apart(gradient[inner], torch.tensor(wanted, dtype=torch.float64)) < 1e-5
+def agrees(solver, levels, expected, flow=False):
+    prediction = "flow" if flow else "epsilon"
+    model = MIXTURE.velocity if flow else MIXTURE.epsilon
+    program, _ = gs.arguments.record(model, levels, solver=solver, prediction=prediction)
+    count = len(program.noises)
+    noise = noises.Given(NOISES[:count]) if count else None
+    got = gs.sample(model, Z0, levels, solver=solver, prediction=prediction, noise=noise)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
-def test_upstreams_gradient_to_the_levels_is_nan_or_wrong():
-    """What the tests above are for: the pipeline's own code, differentiated."""
-    found = {}
-    for name in ("EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"):
-        pipe = bare(CLASSES[name](**BETAS))
-        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        scheduler = CLASSES[name](**BETAS)
-        scheduler.set_timesteps(4)
-        for way in ("program", "calls"):
-            levels = scheduler.sigmas.clone().requires_grad_()
-            seeded = torch.Generator().manual_seed(1)
-            x = gsd.pipeline(pipe, "store", way)(latents, 4, levels=levels, generator=seeded)
-            (found[name, way],) = torch.autograd.grad(x.square().mean(), levels)
-    assert found["EulerAncestralDiscreteScheduler", "calls"].isnan().any()
-    wrong = found["LMSDiscreteScheduler", "calls"]
-    assert apart(wrong, found["LMSDiscreteScheduler", "program"]) > 0.03
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "case"), CASES.items(), ids=CASES)
+def test_agrees_with_the_scheduler(diffusers, name, case, monkeypatch):
+    kind, config, coordinates, options = case
+    scheduler = getattr(diffusers, kind)(**config)
+    levels, expected = scheduled(scheduler, coordinates, 16, monkeypatch)
+    solver = dataclasses.replace(solvers.resolve(name.split("-")[0]), **options)
+    agrees(solver, levels, expected, coordinates == "flow")
 
 
-@pytest.mark.parametrize("method", ["program", "steps", "calls"])
-def test_levels_take_the_place_of_the_schedulers(method):
-    pipe = bare(diffusers.EulerDiscreteScheduler(**BETAS))
-    arguments = schedulers.arguments(schedulers.Setup(steps=4))
-    levels = gs.schedules.karras(3, sigma_min=0.1, sigma_max=9.0, final="sigma_min")
-    levels = torch.cat([levels, torch.zeros(1)]).float()
-    x = gsd.pipeline(pipe, method=method)(**arguments, levels=levels)
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(4)
-    state = arguments["latents"] * levels[0]
-    for s, t, when in zip(levels[:-1], levels[1:], scheduler.timesteps, strict=True):
-        epsilon = pipe.unet(state / (s**2 + 1) ** 0.5, when)
-        state = state + (t - s) * epsilon
-    assert apart(x, state) < 1e-5
+def test_agrees_with_the_ipndm_scheduler(diffusers):
+    """Its states are alpha x0 + beta e with tables of its own; it returns no level 0."""
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(8)
+    scheduler.alphas, scheduler.betas = scheduler.alphas.double(), scheduler.betas.double()
+    levels = (scheduler.betas / scheduler.alphas).tolist()[1:-1]
+    scheduler.set_begin_index(1)
+    x = levels[0] * Z0
+    for i, s in enumerate(levels[:-1], start=1):
+        a, t = scheduler.alphas[i], scheduler.timesteps[i]
+        clean = denoise(x, s, "ve")
+        noise = (x - clean) / s
+        v = a * noise - a * s * clean
+        x = scheduler.step(v, t, a * x).prev_sample / scheduler.alphas[i + 1]
+    agrees(solvers.IPNDM(), levels, x)
 
 
-def test_levels_that_do_not_fit_are_named():
-    arguments = schedulers.arguments(schedulers.Setup(steps=4))
-    run = gsd.pipeline(bare(diffusers.EulerDiscreteScheduler(**BETAS)))
-    with pytest.raises(ValueError, match=r"levels of EulerDiscreteScheduler must have shape \[5\]"):
-        run(**arguments, levels=torch.ones(4))
-    with pytest.raises(ValueError, match="levels must be finite and at least 0"):
-        run(**arguments, levels=-torch.ones(5))
-    run = gsd.pipeline(bare(diffusers.DDIMScheduler(**BETAS)))
-    with pytest.raises(ValueError, match="levels must be None for a scheduler without a table"):
-        run(**arguments, levels=torch.ones(5))
-    run = gsd.pipeline(bare(diffusers.KDPM2DiscreteScheduler(**BETAS)))
-    with pytest.raises(ValueError, match="whose sigmas_interpol follow from its own"):
-        run(**arguments, levels=torch.ones(5))
+def test_agrees_with_the_flow_lcm_scheduler(diffusers, monkeypatch):
+    scheduler, supply = diffusers.FlowMatchLCMScheduler(), iter(NOISES)
+    module = sys.modules[type(scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(supply))
+    scheduler.set_timesteps(6)
+    levels, x = scheduler.sigmas.tolist(), Z0 * scheduler.sigmas[0].item()
+    for s, t in zip(levels, scheduler.timesteps, strict=False):
+        velocity = (x - denoise(x, s, "flow")) / s
+        x = scheduler.step(velocity, t, x.double()).prev_sample
+    agrees(solvers.Consistency(), levels, x.double(), flow=True)

@@ -43,11 +43,11 @@ FLOORS = [
     "noise.*",
     "parameterization schedules models.*",
     "coordinates elementary",
-    "_checks _version",
+    "contract _checks _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
-# Rooms that few may enter, however far below; and those which lean on nothing of ours.
+# Rooms that few may enter, however far below; and those which lean on little of ours.
 GUESTS = {
     "kernels.*": "ops.backends",
     "ops.library": "ops.functional memory.store",
@@ -55,7 +55,7 @@ GUESTS = {
     "models.*": "app.*",
     "_version": "app.*",
 }
-ALONE = {"kernels.*", "models.*"}
+ALONE = {"kernels.*": {"contract"}, "models.*": set()}
 
 # Torch is everywhere; what else is used where, and whether only inside functions.
 THIRD_PARTY = {
@@ -143,7 +143,7 @@ def allowed(importer, imported):
     here, there = room(importer), room(imported)
     if here == there:
         return True
-    if here in ALONE or FLOOR[there] < FLOOR[here]:
+    if there not in ALONE.get(here, {there}) or FLOOR[there] < FLOOR[here]:
         return False
     return all(
         matches(importer, guests) for host, guests in GUESTS.items() if matches(imported, host)
@@ -225,6 +225,7 @@ def test_the_rules_can_be_broken():
         ("kernels.step", "noise.sources"),
         ("kernels.step", "_checks"),
         ("models.digits", "_checks"),
+        ("contract", "noise.philox"),
         ("integrations.cosmos", "app.demo"),
         ("engine.adjoint", "memory"),
         ("engine.adjoint", "ops.library"),
@@ -238,6 +239,7 @@ def test_the_rules_can_be_broken():
         ("sampling", "memory"),
         ("memory", "memory.store"),
         ("kernels.step", "kernels.launch"),
+        ("kernels.launch", "contract"),
         ("app.demo", "optimization.optimize"),
     ]:
         assert allowed(importer, imported), (importer, imported)
@@ -247,6 +249,20 @@ def test_the_rules_can_be_broken():
 def test_no_file_is_called_utils(folder):
     assert not list((ROOT / folder).rglob("util*.py"))
     assert not list((ROOT / folder).rglob("helper*.py"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.stem)
+def test_no_test_module_imports_another(path):
+    """What they share lies in tests/support/."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parts = {part for name in named for part in name.split(".")}
+    assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
 
 
 # ------------------------------------------------------------------ what is public
@@ -356,23 +372,54 @@ def test_importing_prints_nothing_and_loads_nothing_heavy():
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
 
 
-def test_the_kernels_load_under_their_own_name():
+def test_the_kernels_lie_at_the_top():
     pytest.importorskip("triton")
-    module = importlib.import_module("gradsampler.kernels")
-    assert Path(module.__file__).samefile(ROOT / "kernels" / "__init__.py")
+    module = importlib.import_module("gradsampler.kernels.launch")
+    assert Path(module.__file__).samefile(ROOT / "kernels" / "launch.py")
 
 
-@pytest.mark.parametrize("name", ["kernels", "other.kernels"])
-def test_the_kernels_refuse_another_name(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / "__init__.py")
-    with pytest.raises(ImportError, match=rf"gradsampler\.kernels, got {name}; .*-P"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+LOOK = (
+    "import importlib.util; spec = importlib.util.find_spec('kernels')\n"
+    "import kernels; print(spec.origin, getattr(kernels, '__file__', None))"
+)
 
 
-def test_the_kernels_refuse_to_be_imported_from_the_repository():
-    child = python("import sys; sys.path.insert(0, ''); import kernels", cwd=ROOT)
-    assert child.returncode == 1
-    assert "ImportError: this folder must be imported as gradsampler.kernels" in child.stderr
+def test_the_folder_of_the_kernels_is_no_package():
+    """Who looks for a package ``kernels`` from the repository's root finds a folder."""
+    child = python("import sys; sys.path.insert(0, '')\n" + LOOK, cwd=ROOT)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "None None\n", "")
+
+
+def test_the_folder_of_the_kernels_hides_no_package(tmp_path):
+    real = tmp_path / "kernels" / "__init__.py"
+    real.parent.mkdir()
+    real.touch()
+    child = python(
+        f"import sys; sys.path[:] = ['', {str(tmp_path)!r}, *sys.path]\n{LOOK}", cwd=ROOT
+    )
+    assert (child.returncode, child.stdout, child.stderr) == (0, f"{real} {real}\n", "")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("safe", [True, False], ids=["-P", "plain"])
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "bare"])
+def test_transformers_looks_for_a_package_of_that_name(installed, safe):
+    """Without the site's .pth files there is no editable install of ours."""
+    options = ["-P"] * safe + ["-S"] * (not installed)
+    found = [path for path in sys.path if path.endswith("site-packages")]
+    code = (
+        f"import sys; sys.path += {found if not installed else []}\n"
+        "from transformers import CLIPTextModel\n"
+        "from transformers.utils import is_kernels_available\n"
+        "import importlib.metadata as metadata\n"
+        "assert is_kernels_available() <= ('kernels' in metadata.packages_distributions())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, *options, "-c", code]
+    child = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (child.returncode, child.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------ the package

@@ -6,6 +6,7 @@ import torch
 
 from gradsampler.ops import native
 from support.leaps import F32, F64, I32, I64, Case, Leaps, kinds
+from support.native_devices import DEVICES
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -17,9 +18,9 @@ def leap():
     return native.leap
 
 
-@pytest.fixture
-def device():
-    return "cpu"
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ class TestExtension(Leaps):
                 self.test_halves_go_to_the_even_number(leap, "cpu", dtype, integer)
                 self.test_what_leaves_the_range_is_flagged_and_undone(leap, "cpu", dtype, integer)
 
-    @pytest.mark.parametrize("kind", ["sincos", "philox+signed_roll"])
+    @pytest.mark.parametrize("kind", ["sincos", "mixture"])
     def test_threads_and_stores_around_the_cache_change_nothing(self, leap, kind):
         case = Case("cpu", (3, 50_021), kind, I64, "f32 bf16")
         torch.set_num_threads(1)

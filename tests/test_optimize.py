@@ -22,6 +22,7 @@ from torch import nn
 
 import gradsampler as gs
 from support.problems import Gaussian, Mixture, normal
+from support.tiers import few
 
 LEVELS = gs.schedules.karras(5, sigma_min=0.1, sigma_max=6.0)
 SHAPE = (3, 2, 4)
@@ -282,6 +283,7 @@ def test_follows_the_closed_form_of_gradient_descent_on_a_linear_gaussian_proble
     assert torch.allclose(found.z0.flatten(), z, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_reaches_the_closed_form_optimum_with_adam():
     """Without noise the map is x = a z + b for each element by itself."""
     problem, goal, weight = Gaussian(-0.2, 0.6), normal(1, 2, 3, seed=8), 0.1
@@ -566,7 +568,7 @@ def run_until_killed(where, path):
     recoverable(curved(), target_loss, path)
 
 
-@pytest.mark.parametrize("where", ["loss", "replace"])
+@pytest.mark.parametrize("where", few(["loss", "replace"], "replace"))
 def test_goes_on_after_kill_minus_nine(tmp_path, where):
     path = tmp_path / "run.ckpt"
     child = subprocess.run(
@@ -591,10 +593,16 @@ def test_goes_on_after_kill_minus_nine(tmp_path, where):
 
 
 class Plain(gs.noise.NoiseSource):
-    """A user's own source: ``at`` is all that it needs."""
+    """A user's own source: beside ``at`` it says what makes it the one it is."""
+
+    def __init__(self, axis=-1):
+        self.axis = axis
 
     def at(self, z0, step, num_steps):
-        return z0.flip(-1)
+        return z0.flip(self.axis)
+
+    def identity(self):
+        return {"axis": self.axis}
 
 
 def test_a_run_with_a_source_of_the_user_s_own_can_be_resumed(tmp_path):
@@ -626,7 +634,7 @@ SAVE = torch.save
 @pytest.mark.parametrize(
     ("owner", "name", "failure", "error"),
     [
-        pytest.param(torch, "save", torn, OSError, id="disk full"),
+        pytest.param(torch, "save", torn, OSError, id="torch fails"),
         pytest.param(torch, "save", interrupt, KeyboardInterrupt, id="ctrl-c while writing"),
         pytest.param(os, "fsync", refuse, OSError, id="fsync"),
         pytest.param(os, "replace", refuse, PermissionError, id="replace"),
@@ -703,6 +711,9 @@ def test_refuses_a_truncated_file(tmp_path, kept):
 class AnotherNoise(gs.noise.NoiseSource):
     def at(self, z0, step, num_steps):
         return z0.flip(1)
+
+    def identity(self):
+        return ()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """gs.memory.plan: what it predicts is what runs then take, and asking disturbs nothing.
 
-The oracle counts the storages that are alive in a real run and its backward. Evaluations are held
-against counted calls, activations against sums of tensor sizes worked out by hand.
+The oracle counts the storages that are alive in a real run and its backward, by the counter with
+which a plan measures one call; `test_gauge` holds that one against sizes worked out by hand.
+Evaluations are held against counted calls, activations against sums of tensor sizes.
 """
 
 import re
@@ -10,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import Watched, no_collector
 from torch import nn
 from torch.nn import functional as F
 
 import gradsampler as gs
 from gradsampler.memory import capacity
 from gradsampler.memory.planning.footprint import measured
-from gradsampler.memory.planning.gauge import gauge
+from gradsampler.memory.planning.gauge import Live, gauge
 from gradsampler.memory.planning.rehearsal import Rehearsal
-from support.alive import Alive
+from support.alive import Watched, no_collector
+from support.problems import normal
+from support.runs import leaf
+from support.tiers import few
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
 STATE = 2**20
@@ -46,10 +48,10 @@ def run(denoiser, z0, sigmas, memory, others=(), **options):
     """What a run and its backward have alive at most, with a loss as users have it."""
     weights = torch.ones_like(z0)
     others = [x for x in others if x.requires_grad]
-    with no_collector(), Alive([z0, weights, *others]) as alive:
+    with no_collector(), Live() as counter:
         x = gs.sample(denoiser, z0, sigmas, memory=memory, **options)
         torch.autograd.grad((x * weights).sum(), [z0, *others])
-        return alive.most
+        return counter.peak
 
 
 CASES = {
@@ -72,7 +74,13 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
 
 
 @pytest.mark.parametrize(
-    ("case", "frozen"), [*((case, True) for case in CASES), ("euler", False), ("heun", False)]
+    ("case", "frozen"),
+    few(
+        [*((case, True) for case in CASES), ("euler", False), ("heun", False)],
+        ("dpmpp_2m", True),
+        ("euler", False),
+        ("leapfrog", True),
+    ),
 )
 def test_peaks_of_eight_steps(case, frozen):
     network = Convolutions().requires_grad_(not frozen)
@@ -81,6 +89,7 @@ def test_peaks_of_eight_steps(case, frozen):
     hold(plan, [1, 3], denoiser, z0, sigmas, list(network.parameters()), **CASES[case])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["euler", "res_2ab", "leapfrog"])
 def test_peaks_of_many_steps(case):
     network = Convolutions(width=2).requires_grad_(False)
@@ -89,6 +98,7 @@ def test_peaks_of_many_steps(case):
     hold(plan, [5], denoiser, z0, sigmas, **CASES[case])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_peaks_under_guidance(frozen):
     network, shift = Convolutions().requires_grad_(not frozen), torch.zeros(8, 1, 1)
@@ -100,6 +110,7 @@ def test_peaks_under_guidance(frozen):
     hold(plan, [2], denoiser, z0, sigmas, [shift, *network.parameters()], **options)
 
 
+@pytest.mark.thorough
 def test_peaks_where_the_levels_are_learned():
     network, sigmas = Convolutions().requires_grad_(False), levels(8).requires_grad_()
     z0, denoiser = torch.zeros(SHAPE, requires_grad=True), gs.EDM(network)
@@ -108,6 +119,7 @@ def test_peaks_where_the_levels_are_learned():
     hold(plan, [2], denoiser, z0, sigmas, [sigmas], **options)
 
 
+@pytest.mark.thorough
 def test_peaks_of_a_network_of_16_bits():
     network = Convolutions(dtype=torch.bfloat16).requires_grad_(False)
     z0 = torch.zeros(SHAPE, dtype=torch.bfloat16, requires_grad=True)  # the state is of 32
@@ -116,6 +128,7 @@ def test_peaks_of_a_network_of_16_bits():
     hold(plan, [2], gs.EDM(network), z0, levels(8))
 
 
+@pytest.mark.thorough
 def test_peaks_with_large_parameters():
     # 4 MiB of them: their gradients are summed up over the calls.
     network = Convolutions(width=8)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import generators, replay
 from gradsampler.engine.program import (
     Z0,
@@ -18,11 +19,8 @@ from gradsampler.engine.program import (
     Slot,
     Stage,
     Terms,
-    fused,
-    transpose,
 )
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
-from gradsampler.noise.sources import GIVEN, Draw
 
 
 class States(Protocol):
@@ -204,14 +202,14 @@ class Adjoint:
 
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
         program = self._trajectory.program
-        transposed = fused(transpose(program))
+        transposed = program.transposed
         readers = program.readers()
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
         )
         given = {Z0: self._z0, **self._trajectory.constants}
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
-        for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
+        for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
             if isinstance(instruction, Stage):
                 terms = tuple(term for term in instruction.terms if term[0] in cot)
                 if instruction.writes in given:

@@ -14,7 +14,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -183,6 +183,11 @@ class Program:
         return readers
 
     @cached_property
+    def transposed(self) -> "Program":
+        """The program of the gradient; what lies between two model calls is one instruction."""
+        return fused(transpose(self))
+
+    @cached_property
     def dead(self) -> list[set[Slot]]:
         """`last_reads`, computed once."""
         return self.last_reads()
@@ -301,7 +306,7 @@ class Recorder:
         self.predictions: list[Denoised] = []  # all so far, the latest last
         self.coordinates = model.coordinates
         self._model = model
-        self._numbers: list[Tensor] = []
+        self._numbers: list[Coefficient] = []
         self._instructions: list[Instruction] = []
         self._evaluations = 0
         self._draws: Counter[int] = Counter()  # by step
@@ -327,7 +332,7 @@ class Recorder:
         """
         state = self._write(x)
         call = state.call
-        maps = self._model.preconditioning(torch.as_tensor(sigma, dtype=torch.float64))
+        maps = self._model.preconditioning(sigma)
         outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
         here = Affine({state: 1.0})
         denoised = here * maps.c_skip + Affine(dict(zip(outputs, maps.c_out, strict=True)))
@@ -375,8 +380,7 @@ class Recorder:
     def finish(self, x: Affine) -> Program:
         """Ends the last stage and returns the program."""
         output = self._write(x)
-        numbers = torch.stack(self._numbers)
-        return Program(tuple(self._instructions), numbers, self.num_steps, output)
+        return Program(tuple(self._instructions), _vector(self._numbers), self.num_steps, output)
 
     def _write(self, x: Affine) -> Slot:
         injections = tuple(Injection(*noise, self._number(c)) for noise, c in x.noises.items())
@@ -388,7 +392,7 @@ class Recorder:
         return tuple((slot, self._number(c)) for slot, c in x.terms.items() if not _absent(c))
 
     def _number(self, c: Coefficient) -> int:
-        self._numbers.append(torch.as_tensor(c, dtype=torch.float64))
+        self._numbers.append(c)
         return len(self._numbers) - 1
 
 
@@ -397,6 +401,13 @@ def _sum(a: Mapping[Key, Coefficient], b: Mapping[Key, Coefficient]) -> dict[Key
     for key, c in b.items():
         total[key] = total[key] + c if key in total else c
     return total
+
+
+def _vector(numbers: Sequence[Coefficient]) -> Tensor:
+    """The numbers as one float64 tensor, which carries the gradient of those that are tensors."""
+    if not any(isinstance(c, Tensor) for c in numbers):
+        return torch.tensor(numbers, dtype=torch.float64)
+    return torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in numbers])
 
 
 def _absent(c: Coefficient) -> bool:

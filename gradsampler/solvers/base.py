@@ -93,11 +93,12 @@ class Solver(ABC):
             churn: raises the level before each step.
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
         """
-        run = Recorder(model, len(sigmas) - 1)
-        x = self.steps(run, sigmas[0] * run.z0(), sigmas.unbind(), churn or Churn(0.0))
+        levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
+        run = Recorder(model, len(levels) - 1)
+        x = self.steps(run, levels[0] * run.z0(), levels, churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps
-            _, x = run.denoise(x, sigmas[-1])
+            _, x = run.denoise(x, levels[-1])
         return run.finish(x)
 
     def steps(
@@ -108,3 +109,15 @@ class Solver(ABC):
             noise, s = churn.raised(run, s)
             x = self.step(run, x + noise, s, t)
         return x
+
+
+class Sweep(Solver):
+    """A method whose step depends on the steps around it: it overrides `steps` instead."""
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        return self.steps(run, x, (s, t), Churn(0.0))
+
+    @abstractmethod
+    def steps(
+        self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
+    ) -> Affine: ...
