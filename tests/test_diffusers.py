@@ -7,8 +7,6 @@ import weakref
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
-
 import gradsampler as gs
 import gradsampler.integrations.diffusers as gsd
 from support.pipelines import BETAS, CASES, apart, diffusers, leaves, own, quiet, stable_diffusion
@@ -67,6 +65,7 @@ def test_a_pipeline_has_the_sample_and_the_gradients_of_its_own_code(name):
         compare(gradients(x, named), wanted)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_the_gradient_to_an_embedded_guidance_scale(name):
     """Upstream has none: the embedding is put into the model's arguments here, by a hook."""
@@ -111,6 +110,7 @@ def test_the_pipeline_is_left_as_its_own_call_leaves_it():
     assert type(pipe.unet) is diffusers.UNet2DConditionModel
 
 
+@pytest.mark.thorough
 def test_a_pipeline_that_keeps_a_graph_in_its_scheduler_runs_again():
     """After a run with gradients, upstream's scheduler cannot be copied by deepcopy."""
     pipe = stable_diffusion(diffusers.UniPCMultistepScheduler(**BETAS))
@@ -128,6 +128,7 @@ def test_a_pipeline_that_keeps_a_graph_in_its_scheduler_runs_again():
 # ------------------------------------------------------------------ memory
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["program", "steps"])
 @pytest.mark.parametrize("memory", ["store", "revolve:2", "offload", "auto"])
 def test_every_strategy_gives_the_same_gradient(method, memory):
@@ -157,6 +158,7 @@ def saved_bytes(pipe, run):
     return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
 
+@pytest.mark.thorough
 def test_a_recomputed_call_keeps_its_inputs_alone():
     case = CASES["sd15"]
     pipe = case.build()
@@ -202,6 +204,7 @@ def test_noise_takes_the_place_of_the_draws(monkeypatch, noise, method):
     assert apart(gradient, wanted) < 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", WAYS)
 def test_a_scheduler_that_draws_twice_a_step_gets_two_noises(monkeypatch, method):
     case = CASES["cogvideox"]
@@ -222,6 +225,7 @@ def test_a_scheduler_that_draws_twice_a_step_gets_two_noises(monkeypatch, method
     assert apart(gradient, torch.autograd.grad(sample.square().mean(), z0)[0]) < 1e-5
 
 
+@pytest.mark.thorough
 def test_given_noises_get_their_gradient():
     case = CASES["ddpm"]
     pipe, arguments = case.build(), case.arguments()
@@ -236,6 +240,7 @@ def test_given_noises_get_their_gradient():
         assert apart(a, b) < 1e-5
 
 
+@pytest.mark.thorough
 def test_a_list_of_generators_draws_by_sample():
     case = CASES["ddpm"]
     pipe, arguments = case.build(), case.arguments()
@@ -272,6 +277,7 @@ def test_the_generator_ends_where_the_pipeline_leaves_it(method):
 # ------------------------------------------------------------------ what goes which way
 
 
+@pytest.mark.thorough
 def test_a_callback_goes_to_calls_and_does_what_it_does_upstream():
     case = CASES["sd15"]
     pipe, arguments = case.build(), case.arguments()
@@ -291,6 +297,7 @@ def test_a_callback_goes_to_calls_and_does_what_it_does_upstream():
     compare(gradients(x, named), gradients(sample, named))
 
 
+@pytest.mark.thorough
 def test_inpainting_that_blends_the_state_goes_by_steps():
     base = stable_diffusion()
     pipe = quiet(
@@ -318,6 +325,7 @@ def test_inpainting_that_blends_the_state_goes_by_steps():
     compare(gradients(x, named), wanted)
 
 
+@pytest.mark.thorough
 def test_a_controlnet_is_part_of_the_denoiser():
     base = stable_diffusion()
     torch.manual_seed(1)
@@ -349,6 +357,7 @@ def test_a_controlnet_is_part_of_the_denoiser():
         compare(gradients(x, named), wanted)
 
 
+@pytest.mark.thorough
 def test_lora_weights_get_the_gradient_of_the_pipelines_own_code():
     peft = pytest.importorskip("peft")
     pipe = stable_diffusion()
@@ -368,6 +377,7 @@ def test_lora_weights_get_the_gradient_of_the_pipelines_own_code():
         compare(gradients(x, named), wanted)
 
 
+@pytest.mark.thorough
 def test_dropout_draws_the_same_again():
     pipe = stable_diffusion(dropout=0.3)
     pipe.unet.train()
@@ -384,20 +394,17 @@ def test_dropout_draws_the_same_again():
         compare(gradients(x, named), wanted)
 
 
-class Drawing(diffusers.UNet2DConditionModel):
-    """A denoiser that draws from a generator of its own."""
-
-    held = torch.Generator()
-
-    def forward(self, x, *args, **kwargs):
-        scale = 1 + torch.rand(x.shape, generator=self.held)
-        return super().forward(x * scale, *args, **kwargs)
-
-
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", WAYS)
 def test_a_generator_that_the_model_holds_is_replayed(method):
     """`torch.utils.checkpoint` gives a wrong gradient here, without an error."""
-    base, case, held = stable_diffusion(), CASES["sd15"], Drawing.held
+    base, case, held = stable_diffusion(), CASES["sd15"], torch.Generator()
+
+    class Drawing(type(base.unet)):
+        def forward(self, x, *args, **kwargs):
+            scale = 1 + torch.rand(x.shape, generator=held)
+            return super().forward(x * scale, *args, **kwargs)
+
     base.unet.__class__ = Drawing
     arguments = case.arguments()
     held.manual_seed(3)
@@ -457,6 +464,7 @@ def test_explain_prints_the_way_and_what_stands_against_the_better_one():
     assert text.startswith("method: steps\nnot program: DDIMScheduler has clip_sample=True")
 
 
+@pytest.mark.thorough
 def test_images_come_with_a_gradient_too():
     case = CASES["sd15"]
     pipe, arguments = case.build(), case.arguments()
@@ -470,6 +478,7 @@ def test_images_come_with_a_gradient_too():
         assert torch.autograd.grad(image.sum(), arguments["latents"])[0].norm() > 0
 
 
+@pytest.mark.thorough
 def test_nothing_is_kept_without_gradients():
     case = CASES["sd15"]
     pipe, arguments = case.build(), case.arguments()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random diffusers pipelines, one of each architecture, and the arguments of a short call."""
 
+import functools
+import importlib
 import inspect
 import logging
 import warnings
@@ -11,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-logging.getLogger("diffusers").setLevel(logging.ERROR)
-logging.getLogger("transformers").setLevel(logging.ERROR)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import diffusers
+
+class _Late:
+    """The package diffusers, imported where it is first used: that takes seconds."""
+
+    def __getattr__(self, name: str) -> Any:
+        for library in ("diffusers", "transformers"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(importlib.import_module("diffusers"), name)
+
+
+diffusers: Any = _Late()
 
 BETAS = {
     "beta_start": 0.00085,
@@ -319,15 +329,19 @@ def _cosmos_network() -> Any:
     )
 
 
-class _Unchecked(diffusers.ModelMixin, diffusers.ConfigMixin):
+@functools.cache
+def _unchecked() -> Any:
     """In the place of the package cosmos_guardrail, which is not installed."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+    class Unchecked(diffusers.ModelMixin, diffusers.ConfigMixin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
+        def check_text_safety(self, prompt: str) -> bool:
+            return True
+
+    return Unchecked()
 
 
 def _cosmos() -> Any:
@@ -342,7 +356,7 @@ def _cosmos() -> Any:
             transformer=_cosmos_network(),
             vae=None,
             scheduler=scheduler,
-            safety_checker=_Unchecked(),
+            safety_checker=_unchecked(),
         )
     )
 
@@ -357,7 +371,7 @@ def _cosmos2() -> Any:
             transformer=_cosmos_network(),
             vae=None,
             scheduler=scheduler,
-            safety_checker=_Unchecked(),
+            safety_checker=_unchecked(),
         )
     )
 
@@ -462,7 +476,7 @@ CASES = {
         "program",
     ),
     "ddim": Case(
-        _unconditional("DDIMPipeline", diffusers.DDIMScheduler),  # clamps the prediction
+        _unconditional("DDIMPipeline", lambda: diffusers.DDIMScheduler()),  # clamps the prediction
         {"latents": (2, 3, 8, 8)},
         {"batch_size": 2, "num_inference_steps": 4, "eta": 0.5},
         "steps",
@@ -559,77 +573,9 @@ CASES = {
 }
 
 
-class Bare(diffusers.DiffusionPipeline):
-    """The loop that a scheduler's documentation shows, as a pipeline of a class of its own."""
-
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        latents: Tensor,
-        num_inference_steps: int = 5,
-        generator: Any = None,
-        output_type: str = "latent",
-        return_dict: bool = True,
-        last: int | None = None,
-        spread: bool = False,
-        **options: Any,
-    ) -> Any:
-        parameters = inspect.signature(self.scheduler.step).parameters
-        if "generator" in parameters:
-            options["generator"] = generator
-        self.scheduler.set_timesteps(num_inference_steps)
-        timesteps = self.scheduler.timesteps[:last]
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        previous = None
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                x = latents
-                if spread:  # a timestep for each sample
-                    t = t.expand(len(x))
-                if hasattr(self.scheduler, "scale_model_input"):
-                    x = self.scheduler.scale_model_input(x, t)
-                output = self.unet(x, timesteps[i])
-                if "old_pred_original_sample" in parameters:
-                    back = timesteps[i - 1] if i > 0 else None
-                    latents, previous = self.scheduler.step(
-                        output, previous, t, back, latents, **options, return_dict=False
-                    )
-                else:
-                    latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[
-                        0
-                    ]
-                progress_bar.update()
-        return (latents,) if not return_dict else {"latents": latents}
-
-
-class Small(diffusers.ModelMixin, diffusers.ConfigMixin):
-    """A smooth network of a state and a timestep: of [B, C, H, W], or of tokens [B, L, C]."""
-
-    config_name = "config.json"
-
-    @diffusers.configuration_utils.register_to_config
-    def __init__(self, in_channels: int = 4, out_channels: int = 4, tokens: bool = False) -> None:
-        super().__init__()
-        self.first: torch.nn.Module
-        self.last: torch.nn.Module
-        if tokens:
-            self.first = torch.nn.Linear(in_channels, 8)
-            self.last = torch.nn.Linear(8, out_channels)
-        else:
-            self.first = torch.nn.Conv2d(in_channels, 8, 3, padding=1)
-            self.last = torch.nn.Conv2d(8, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Any) -> Tensor:
-        hidden = torch.tanh(self.first(x) + torch.sin(0.01 * torch.as_tensor(t).to(x)))
-        output: Tensor = self.last(hidden)
-        return output
-
-
 def bare(scheduler: Any, **sizes: Any) -> Any:
     """A bare loop of a small network."""
+    from support import loop  # defines subclasses of diffusers
+
     torch.manual_seed(0)
-    return quiet(Bare(Small(**sizes), scheduler))
+    return quiet(loop.Bare(loop.Small(**sizes), scheduler))

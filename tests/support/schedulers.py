@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every scheduler of diffusers that has a step, with what a short loop of it takes."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from support.pipelines import BETAS, bare
+from support.pipelines import BETAS, bare, diffusers
 
 STATE = (2, 4, 8, 8)
 
@@ -27,9 +27,11 @@ class Setup:
     affine: bool = True
 
 
-def classes() -> Iterator[type]:
-    """The classes in order of their names."""
+@functools.cache
+def classes() -> dict[str, Any]:
+    """The classes by their names."""
     found = {}
+    assert diffusers.SchedulerMixin
     package = importlib.import_module("diffusers.schedulers")
     for info in pkgutil.walk_packages(package.__path__, "diffusers.schedulers."):
         if "flax" in info.name:
@@ -39,7 +41,7 @@ def classes() -> Iterator[type]:
             own = inspect.isclass(each) and each.__module__ == info.name
             if own and name.endswith("Scheduler") and hasattr(each, "step"):
                 found[name] = each
-    yield from (found[name] for name in sorted(found))
+    return found
 
 
 def _image() -> torch.Tensor:

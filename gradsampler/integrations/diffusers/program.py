@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import arguments
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import Affine, Program, Recorder, Slot
 from gradsampler.integrations.diffusers import parts
@@ -45,8 +46,8 @@ class Denoiser(Parameterization):
         self._reached = -1
         self.network = self.called
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        count = len(self._table.outputs[int(sigma.item())])
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        count = len(self._table.outputs[int(sigma)])
         return Preconditioning(0.0, (1.0,) * count, 1.0, sigma)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -100,7 +101,7 @@ def recorded(table: Table, model: Parameterization, scale: float) -> Program:
     run = Recorder(model, len(table.rows))
     x = scale * run.z0()
     for run.step, row in enumerate(table.rows):
-        run.denoise(x, torch.tensor(run.step, dtype=torch.float64))
+        run.denoise(x, float(run.step))
         x = _affine(row)
     return run.finish(x)
 
