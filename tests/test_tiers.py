@@ -30,6 +30,5 @@ def test_the_rest_is_thorough():
     assert mark.args[0] == ["first", "second"]
     assert [bool(case.marks) for case in mark.args[1]] == [False] * 3 + [True] * 3
     assert not any(case.marks for case in pairs(costly=False, first="abc", second="xy").args[1])
-    one, two, three = few(["a", "b", "c"], "b")
-    assert two == "b"
-    assert [one.marks[0].name, three.marks[0].name] == ["thorough"] * 2
+    marks = {case.values: [m.name for m in case.marks] for case in few(["a", ("b", 1)], "a")}
+    assert marks == {("a",): [], ("b", 1): ["thorough"]}

@@ -49,10 +49,14 @@ class Descent(NamedTuple):
         if eta == 0 or t == 0:
             return cls(t, 1.0, None)
         down = t * (1 - eta * (1 - t / s))
-        if down <= 0:
-            return cls(0 * t, 1 - t, t)
-        gain = (1 - t) / (1 - down)
-        return cls(down, gain, sqrt(square(t) - square(gain * down)))
+        return cls.reaching(run, down if down > 0 else 0 * t, t)
+
+    @classmethod
+    def reaching(cls, run: Recorder, down: Coefficient, t: Coefficient) -> "Descent":
+        """The descent to a level ``down`` of at most t."""
+        gain = run.coordinates.alpha(t) / run.coordinates.alpha(down)
+        variance = square(t) - square(gain * down)
+        return cls(down, gain, sqrt(variance) if variance > 0 else None)
 
     def ascended(self, run: Recorder, x: Affine, s_noise: Coefficient) -> Affine:
         """The state x at the level ``down``, brought up."""

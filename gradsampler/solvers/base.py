@@ -109,3 +109,15 @@ class Solver(ABC):
             noise, s = churn.raised(run, s)
             x = self.step(run, x + noise, s, t)
         return x
+
+
+class Sweep(Solver):
+    """A method whose step depends on the steps around it: it overrides `steps` instead."""
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        return self.steps(run, x, (s, t), Churn(0.0))
+
+    @abstractmethod
+    def steps(
+        self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
+    ) -> Affine: ...

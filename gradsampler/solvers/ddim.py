@@ -12,7 +12,7 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
-from gradsampler.solvers.exponential import epsilon
+from gradsampler.solvers.exponential import epsilon, renoising_step
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,7 @@ class DDIM(Solver):
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        if t == 0:
-            return denoised
-        alpha = run.coordinates.alpha
-        x, clean = epsilon(run, x, denoised, s), alpha(t) * denoised
-        if self.eta == 0:
-            return clean + t * x
-        ratio = (t * alpha(s)) / (s * alpha(t))
-        kept = 1 - square(self.eta) * (1 - square(ratio))
-        along = sqrt(kept) if kept > 0 else 0.0  # 0 where s is noise alone, and eta 1
-        up = self.eta * sqrt(1 - square(ratio))
-        return clean + t * along * x + self.s_noise * t * up * run.noise()
+        return renoising_step(run, x, denoised, s, t, self.eta, self.s_noise)
 
 
 @dataclass(frozen=True)

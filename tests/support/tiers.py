@@ -7,15 +7,15 @@ import pytest
 
 
 def few(values, *kept):
-    """The values of a costly parameter: all but ``kept`` are thorough."""
+    """The values of a costly parameter: all but ``kept`` are thorough. A tuple is several."""
     assert set(kept) <= set(values)
     return [
-        v if v in kept else pytest.param(*several(v), marks=pytest.mark.thorough) for v in values
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[] if value in kept else [pytest.mark.thorough],
+        )
+        for value in values
     ]
-
-
-def several(value):
-    return value if isinstance(value, tuple) else (value,)
 
 
 def pairs(costly=True, **axes):
