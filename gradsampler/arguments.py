@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of a run, checked: as a program, and as a trajectory that only misses z0."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -16,10 +17,13 @@ from gradsampler.engine.program import Program
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.noise.sources import NoiseSource, Off, SignedRoll
 from gradsampler.ops import backends
-from gradsampler.parameterization import Parameterization, model_dtype, parameterize
-from gradsampler.solvers import Churn, Solver
+from gradsampler.parameterization import Parameterization, by_value, model_dtype, parameterize
+from gradsampler.solvers import Churn, Solver, programs
+from gradsampler.solvers.programs import Programs
 
 Denoiser = Callable[..., Tensor]
+
+_PROGRAMS = Programs(count=64)
 
 
 def record(
@@ -35,10 +39,18 @@ def record(
 ) -> tuple[Program, Parameterization]:
     """The program of a solver around a denoiser; the arguments are those of `sample`."""
     model = parameterize(denoiser, prediction)
-    levels = checked_levels(sigmas, flow=prediction == "flow")
     method = solvers.resolve(solver, eta, s_noise)
+    levels = checked_levels(sigmas, flow=prediction == "flow", monotone=method.monotone)
     _check_solver(method, churn, flow=prediction == "flow")
-    return method.program(levels, model, churn=churn, final_denoise=final_denoise), model
+
+    def recorded() -> Program:
+        return method.program(levels, model, churn=churn, final_denoise=final_denoise)
+
+    maps, described = by_value(model), programs.described(method)
+    if levels.requires_grad or maps is None or described is None:
+        return recorded(), model
+    key = (described, maps, tuple(levels.tolist()), churn, final_denoise)
+    return _PROGRAMS.get(key, recorded), model
 
 
 def trajectory(
@@ -58,8 +70,8 @@ def trajectory(
     source = _noise(noise, program, z0)
     if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
         _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
-    if state_dtype is not None and not state_dtype.is_floating_point:
-        _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
+    if state_dtype is not None and state_dtype not in _checks.FLOATING:
+        _checks.fail("state_dtype", "be a floating-point dtype of 16 bits or more", state_dtype)
     state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
     return Trajectory(
         program,
@@ -73,7 +85,9 @@ def trajectory(
     )
 
 
-def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
+def checked_levels(
+    sigmas: Tensor | Sequence[float], *, flow: bool, monotone: bool = True
+) -> Tensor:
     """The noise levels in float64 on the CPU, checked."""
     if not isinstance(sigmas, Tensor):
         try:
@@ -87,15 +101,17 @@ def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
     if levels.ndim != 1 or len(levels) < 2:
         _checks.fail("sigmas", "have shape [N+1] with N >= 1 steps", list(levels.shape))
     values: list[float] = levels.tolist()
-    if not bool(torch.isfinite(levels).all()):
-        _checks.fail("sigmas", "be finite", values)
+    if not all(map(math.isfinite, values[1:])) or not values[0] > -math.inf:
+        _checks.fail("sigmas", "be finite, but for an infinite first one", values)
     for i, (s, t) in enumerate(pairwise(values)):
-        if not s > t:
+        if monotone and not s > t:
             _checks.fail("sigmas", "decrease strictly", f"sigmas[{i}] = {s}, sigmas[{i + 1}] = {t}")
+        if not s > 0:
+            _checks.fail("sigmas", "be positive up to the last", f"sigmas[{i}] = {s}")
     if values[-1] < 0:
         _checks.fail("sigmas", "be at least 0", f"sigmas[-1] = {values[-1]}")
-    if flow and values[0] > 1:
-        _checks.fail("sigmas", "be flow times of at most 1", f"sigmas[0] = {values[0]}")
+    if flow and max(values) > 1:
+        _checks.fail("sigmas", "be flow times of at most 1", f"a time of {max(values)}")
     return levels
 
 

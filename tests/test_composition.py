@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from support import euler as by_hand
+from support.compiling import compiling
 from support.gradients import assert_close, gradients
+from support.networks import Layers
 from support.problems import normal
 from support.runs import leaf
 from support.strategies import REPLAYING, STRATEGIES, replaying, strategies
@@ -27,31 +28,11 @@ from support.tiers import few, pairs
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
 euler = partial(by_hand.euler, sigmas=SIGMAS)
 
-SIZE = 6
-
-
-class Layers(nn.Module):
-    """Two blocks, each through ``around(block, x)``."""
-
-    def __init__(self, dropout=0.0, dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(4)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2)
-        )
-        self.to(dtype)
-        self.around = lambda block, x: block(x)
-
-    def forward(self, x, sigma):
-        for block in self.blocks:
-            x = self.around(block, x)
-        return x * torch.cos(sigma).to(x.dtype).view(-1, 1)
-
 
 def run(sampler, net, dtype=torch.float64):
     """The sample and the gradients of a sampler of (denoiser, z0)."""
     torch.manual_seed(7)
-    z0 = leaf(normal(3, SIZE, dtype=dtype))
+    z0 = leaf(normal(3, Layers.size, dtype=dtype))
     x = sampler(net, z0)
     torch.manual_seed(8)  # backward must not depend on it
     return x.detach(), *gradients(x, [z0, *net.parameters()])
@@ -124,27 +105,6 @@ def test_autocast(where, memory, tmp_path):
 # Compiled denoisers.
 
 
-# Torch warns of itself where it compiles for an input with a graph, and where it loads inductor.
-compiles = [
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
-]
-
-
-def compiling(test):
-    for mark in compiles:
-        test = mark(test)
-    return test
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pairs(solver=["euler", "heun"], memory=STRATEGIES)
 @compiling
 def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
@@ -189,7 +149,7 @@ def test_a_functional_call(memory, tmp_path):
         weights = {name: scale * p for name, p in free.items()}
         return torch.func.functional_call(net, weights, (x, sigma))
 
-    z0 = leaf(normal(3, SIZE))
+    z0 = leaf(normal(3, Layers.size))
     expected = gradients(euler(denoiser, z0), [z0, *inputs])
     got = gradients(strategy(memory, tmp_path)(denoiser, z0), [z0, *inputs])
     assert_all_close(got, expected)
@@ -203,7 +163,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 def on_gpu():
     net = Layers(dtype=torch.float32).cuda().requires_grad_(False)
-    return net, leaf(normal(3, SIZE, dtype=torch.float32).cuda())
+    return net, leaf(normal(3, Layers.size, dtype=torch.float32).cuda())
 
 
 @gpu
@@ -228,7 +188,7 @@ def test_a_run_in_a_cuda_graph(target, solver):
         static = whole()
     for seed in (1, 2):
         with torch.no_grad():
-            z0.copy_(normal(3, SIZE, seed=seed))
+            z0.copy_(normal(3, Layers.size, seed=seed))
         graph.replay()
         assert_all_close(static, whole(), 1e-6)
 

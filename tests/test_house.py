@@ -31,8 +31,8 @@ FLOORS = [
     "__main__",
     "app.*",
     "integrations.*",
-    "optimization.* gradient_flow iteration",
-    "sampling",
+    "optimization.* gradient_flow comparisons iteration",
+    "sampling layout",
     "memory.*",
     "arguments",
     "solvers.*",
@@ -41,7 +41,9 @@ FLOORS = [
     "ops.*",
     "kernels.*",
     "noise.*",
+    "guidance",
     "parameterization schedules models.*",
+    "timesteps",
     "coordinates elementary",
     "contract _checks _version",
 ]
@@ -265,6 +267,20 @@ def test_no_test_module_imports_another(path):
     assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
 
 
+CITED = re.compile(r"(?<![\w.*/<-])((?:\w[\w-]*/)*\w+\.(?:md|py|h|cpp|cu|cuh))\b")
+OURS = [*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_files_that_are_named_exist(path):
+    folders = ("gradsampler", "kernels", "csrc", "tests", "benchmarks", "examples", "docs")
+    tree = {p.name for folder in folders for p in (ROOT / folder).rglob("*.*")}
+    tree |= {p.name for p in ROOT.iterdir()}
+    assert {
+        name for name in CITED.findall(path.read_text()) if Path(name).name not in tree
+    } == set()
+
+
 # ------------------------------------------------------------------ what is public
 
 PUBLIC = [
@@ -281,6 +297,9 @@ PUBLIC = [
     "StepInfo",
     "__version__",
     "backends",
+    "check",
+    "integrate",
+    "iterate",
     "memory",
     "noise",
     "ops",
@@ -372,23 +391,54 @@ def test_importing_prints_nothing_and_loads_nothing_heavy():
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
 
 
-def test_the_kernels_load_under_their_own_name():
+def test_the_kernels_lie_at_the_top():
     pytest.importorskip("triton")
-    module = importlib.import_module("gradsampler.kernels")
-    assert Path(module.__file__).samefile(ROOT / "kernels" / "__init__.py")
+    module = importlib.import_module("gradsampler.kernels.launch")
+    assert Path(module.__file__).samefile(ROOT / "kernels" / "launch.py")
 
 
-@pytest.mark.parametrize("name", ["kernels", "other.kernels"])
-def test_the_kernels_refuse_another_name(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / "__init__.py")
-    with pytest.raises(ImportError, match=rf"gradsampler\.kernels, got {name}; .*-P"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+LOOK = (
+    "import importlib.util; spec = importlib.util.find_spec('kernels')\n"
+    "import kernels; print(spec.origin, getattr(kernels, '__file__', None))"
+)
 
 
-def test_the_kernels_refuse_to_be_imported_from_the_repository():
-    child = python("import sys; sys.path.insert(0, ''); import kernels", cwd=ROOT)
-    assert child.returncode == 1
-    assert "ImportError: this folder must be imported as gradsampler.kernels" in child.stderr
+def test_the_folder_of_the_kernels_is_no_package():
+    """Who looks for a package ``kernels`` from the repository's root finds a folder."""
+    child = python("import sys; sys.path.insert(0, '')\n" + LOOK, cwd=ROOT)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "None None\n", "")
+
+
+def test_the_folder_of_the_kernels_hides_no_package(tmp_path):
+    real = tmp_path / "kernels" / "__init__.py"
+    real.parent.mkdir()
+    real.touch()
+    child = python(
+        f"import sys; sys.path[:] = ['', {str(tmp_path)!r}, *sys.path]\n{LOOK}", cwd=ROOT
+    )
+    assert (child.returncode, child.stdout, child.stderr) == (0, f"{real} {real}\n", "")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("safe", [True, False], ids=["-P", "plain"])
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "bare"])
+def test_transformers_looks_for_a_package_of_that_name(installed, safe):
+    """Without the site's .pth files there is no editable install of ours."""
+    options = ["-P"] * safe + ["-S"] * (not installed)
+    found = [path for path in sys.path if path.endswith("site-packages")]
+    code = (
+        f"import sys; sys.path += {found if not installed else []}\n"
+        "from transformers import CLIPTextModel\n"
+        "from transformers.utils import is_kernels_available\n"
+        "import importlib.metadata as metadata\n"
+        "assert is_kernels_available() <= ('kernels' in metadata.packages_distributions())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, *options, "-c", code]
+    child = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (child.returncode, child.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------ the package

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from gradsampler import _checks
+from gradsampler.engine.program import Recorder
 from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
 from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
@@ -21,6 +22,7 @@ from gradsampler.solvers.heun import DPM2, Heun, HeunEDMx0, HeunPP2, Kutta3, Mid
 from gradsampler.solvers.res import Res2AB, Res2Mid, Res2MidStable
 from gradsampler.solvers.reversible import MidpointReversible
 from gradsampler.solvers.seeds import Seeds2, Seeds3
+from gradsampler.solvers.spellings import SPELLINGS
 
 __all__ = [
     "DDIM",
@@ -49,6 +51,7 @@ __all__ = [
     "Kutta3",
     "Midpoint",
     "MidpointReversible",
+    "Recorder",
     "Res2AB",
     "Res2Mid",
     "Res2MidStable",
@@ -116,7 +119,7 @@ def register(name: str, solver: Callable[[], Solver]) -> None:
 def resolve(solver: str | Solver, eta: float | None = None, s_noise: float = 1.0) -> Solver:
     """The solver object for a name or an object, with ``eta`` and ``s_noise`` set where given."""
     if not isinstance(solver, Solver):
-        solver = _REGISTRY[_checks.choice("solver", solver, _REGISTRY)]()
+        solver = _REGISTRY[_checks.choice("solver", solver, _REGISTRY, SPELLINGS)]()
     given = {} if eta is None else {"eta": eta}
     if s_noise != 1.0:
         given["s_noise"] = s_noise

@@ -19,6 +19,7 @@ class Heun(Solver):
     """Heun's method (Karras et al. 2022, algorithm 1)."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -35,6 +36,7 @@ class Midpoint(Solver):
     """The explicit midpoint method, with the midpoint (s + t)/2."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -45,9 +47,10 @@ class Midpoint(Solver):
 
 @dataclass(frozen=True)
 class DPM2(Solver):
-    """k-diffusion's dpm_2: the midpoint method with the midpoint sqrt(s t)."""
+    """The midpoint method with the midpoint sqrt(s t), k-diffusion's dpm_2."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -70,6 +73,7 @@ class HeunEDMx0(Solver):
     """Euler's step with the mean of the predictions at both ends (Cosmos's 2heun_edm)."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -85,6 +89,7 @@ class Kutta3(Solver):
     """Kutta's third-order method (Kutta 1901)."""
 
     flow = True
+    ode_order = 3
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -107,6 +112,7 @@ class HeunPP2(Sweep):
     """
 
     flow = True
+    ode_order = 1
 
     def steps(
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn

@@ -36,12 +36,13 @@ def second_order(
 
 @dataclass(frozen=True)
 class Res2AB(Solver):
-    """Two-step Adams-Bashforth form: the previous step's D is the second point.
+    """RES, two-step Adams-Bashforth form: the previous step's D is the second point.
 
     The first step, and a step to level 0, is the exponential Euler step.
     """
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -54,9 +55,10 @@ class Res2AB(Solver):
 
 @dataclass(frozen=True)
 class Res2Mid(Solver):
-    """Single-step form with the second point halfway in half log-SNR; Euler's step to level 0."""
+    """RES, single-step form with the second point halfway in half log-SNR."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -68,9 +70,10 @@ class Res2Mid(Solver):
 
 @dataclass(frozen=True)
 class Res2MidStable(Solver):
-    """The midpoint form that takes the D halfway for the whole step."""
+    """RES, single-step form that takes the D halfway for the whole step."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
