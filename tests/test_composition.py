@@ -22,8 +22,8 @@ from support.gradients import assert_close, gradients
 from support.networks import Layers
 from support.problems import normal
 from support.runs import leaf
-from support.strategies import STRATEGIES, replaying, strategies
-from support.tiers import pairs
+from support.strategies import REPLAYING, STRATEGIES, replaying, strategies
+from support.tiers import few, pairs
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
 euler = partial(by_hand.euler, sigmas=SIGMAS)
@@ -119,7 +119,7 @@ def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
     assert counter.frame_count == 1
 
 
-@replaying
+@pytest.mark.parametrize("memory", few(REPLAYING, "checkpoint", "revolve:1+2"))
 @compiling
 def test_dropout_in_a_compiled_denoiser(memory, tmp_path):
     net = torch.compile(Layers(0.4), backend="aot_eager")
