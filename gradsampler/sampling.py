@@ -72,7 +72,8 @@ def sample(
         state_dtype: dtype of the state between model calls; None keeps z0's, float32 at least. The
             model is called in the dtype that its parameters share, else in z0's.
         backend: a name of `backends.available()`, or None for the fastest present.
-        check_finite: raises where a state or a gradient is not finite (reads back at each call).
+        check_finite: raises where a state or a gradient is not finite: at once on the CPU, else at
+            the end of the run or of its backward, which read back once.
         modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
             dtype is that of the calls, and their buffers and generators are known.
 

@@ -70,7 +70,7 @@ OPTIONS = {
 
 
 def label(name, options):
-    return "-".join([name, *(f"{k}={v}" for k, v in options.items())])
+    return "-".join([name, *(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items())])
 
 
 CASES = {
