@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradsampler import _checks, arguments
 from gradsampler import memory as memories
+from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
@@ -19,6 +20,7 @@ from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
 
 
+@uncompiled
 def sample(
     denoiser: Parameterization | Denoiser,
     z0: Tensor,
@@ -117,6 +119,7 @@ def sample(
     )
 
 
+@uncompiled
 def integrate(
     program: Program,
     denoiser: Parameterization | Denoiser,
