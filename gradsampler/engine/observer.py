@@ -54,7 +54,7 @@ class Observer:
     def evaluating(self, evaluation: Evaluation) -> None:
         """Takes note that the model is about to be evaluated: the step before may be over."""
         if evaluation.step != self._step:
-            self._end_step()
+            self._end_step(evaluation.step)
 
     def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Takes note of a model evaluation."""
@@ -73,7 +73,7 @@ class Observer:
     def finished(self) -> None:
         """Takes note of the end of the run."""
         self.settle()
-        self._end_step()
+        self._end_step(self._num_steps)
 
     def finite(self, evaluation: Evaluation, value: Tensor, what: str) -> None:
         """Raises NonFiniteError, if that check is on and a value is NaN or infinite.
@@ -97,9 +97,9 @@ class Observer:
                     "must be finite, got NaN or infinity"
                 )
 
-    def _end_step(self) -> None:
-        if 0 <= self._step < self._num_steps:
-            self._bar.update()
+    def _end_step(self, following: int) -> None:
+        if 0 <= self._step < self._num_steps:  # a step may have no evaluation
+            self._bar.update(following - self._step)
         if self._callback is not None and self._info is not None:
             info, self._info = self._info, None
             self._callback(info)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gradsampler.elementary import Coefficient, sqrt
+from gradsampler import _checks
+from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Churn, Solver, Sweep
 from gradsampler.solvers.exponential import first_order
@@ -29,6 +30,31 @@ class Heun(Solver):
             return ahead
         ahead, denoised = run.denoise(ahead, t)
         return x + (t - s) * 0.5 * (slope + (ahead - denoised) / t)
+
+
+@dataclass(frozen=True)
+class Restart(Heun):
+    """Heun's method over levels that may rise, where it goes back up by adding noise.
+
+    Xu et al. 2023, arXiv 2306.14878, algorithm 1. `schedules.restart` puts such levels together; on
+    falling ones it is Heun's method.
+
+    Args:
+        s_noise: factor of the noise that is added on the way up.
+    """
+
+    monotone = False
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.finite("restart: s_noise", self.s_noise, 0.0)
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        if t <= s:
+            return super().step(run, x, s, t)
+        gain = run.coordinates.alpha(t) / run.coordinates.alpha(s)
+        up = sqrt(square(t) - square(gain * s))
+        return gain * x + self.s_noise * up * run.noise()
 
 
 @dataclass(frozen=True)
