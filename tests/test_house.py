@@ -45,7 +45,7 @@ FLOORS = [
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
-    "contract _checks _version",
+    "contract _checks _uncompiled _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
