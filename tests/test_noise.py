@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gradsampler import contract, noise
+from gradsampler.noise import sources
 from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 from support.philox import (
     DTYPES,
@@ -207,7 +208,7 @@ def test_at_is_a_pure_function(case):
 def test_draw_holds_the_numbers_of_the_noise(case, step):
     z0 = normal((2, 3, 5))
     source = case.source(z0).prepare(z0, ONCE)
-    draw = source.draw(z0, step, N)
+    draw = sources.draw_of(source, z0, step, N, 0, z0.dtype)
     assert draw.step == step
     expected = case.formula(z0.numpy(), step, N)
     np.testing.assert_allclose(evaluate(draw, z0.numpy()), expected, rtol=1e-13, atol=1e-13)
