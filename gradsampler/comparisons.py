@@ -3,14 +3,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.differences import Comparison, Ladder, Point
-from gradsampler.engine import generators, replay
+from gradsampler.engine import graph
+from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.base import Memory
@@ -25,8 +27,8 @@ _ATTEMPTS = 3  # directions before a backward is called wrong; it has to be off 
 class Difference:
     """What central differences say of one derivative.
 
-    ``of`` is "z0", "x" (the state that a model call sees), "noise", "cond" or "parameters"; ``step``
-    and ``sigma`` are those of the model call or injection, None for the run as a whole.
+    ``of`` is "z0", "x" (the state that a model call sees), "noise", "cond" or "parameters";
+    ``step`` and ``sigma`` are those of the model call or injection, None for the whole run.
     """
 
     of: str
@@ -36,38 +38,44 @@ class Difference:
     wrong: bool
 
 
-@dataclass
-class Call:
+class Call(NamedTuple):
     """A model call as a run made it."""
 
     evaluation: Evaluation
     x: Tensor  # [B, *state] the model's input
     level: Tensor  # [B]
-    circumstances: replay.Circumstances
 
 
-@dataclass
 class Witness(Memory):
     """Runs without gradient, and keeps what each model call saw."""
 
-    calls: list[Call] = field(default_factory=list)
-    trajectory: Trajectory = field(init=False)
-    z0: Tensor = field(init=False)
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         self.trajectory, self.z0 = trajectory, z0
+        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
         numbers: list[float] = trajectory.program.coefficients.tolist()
-        held = generators.reachable(trajectory.model, trajectory.cond)
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             seen, level = trajectory.model_input(evaluation, x, scaled, numbers)
-            before = replay.Circumstances(x.device, generators=held)
-            self.calls.append(Call(evaluation, seen, level, before))
+            self.calls.append(Call(evaluation, seen, level))
             cond = trajectory.cond.filled(trajectory.cond.tensors)
-            return trajectory.call(evaluation, seen, level, cond)
+            with self._circumstances.captured(evaluation):
+                return trajectory.call(evaluation, seen, level, cond)
 
         with torch.no_grad():
-            return trajectory.forward(z0, numbers, evaluate)
+            x = trajectory.forward(z0, numbers, evaluate)
+        self._circumstances.finish()
+        return x
+
+    def again(self, call: Call, x: Tensor, cond: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Makes a call again, with another input and other conditioning."""
+        trajectory = self.trajectory
+        return self._circumstances.again(
+            call.evaluation,
+            lambda: trajectory.call(call.evaluation, x, call.level, trajectory.cond.filled(cond)),
+        )
 
     def sigma(self, evaluation: Evaluation) -> float:
         """The noise level of a call."""
@@ -87,24 +95,20 @@ def of_call(
     x = call.x.detach().requires_grad_()
     cond = [c.detach().requires_grad_(c.is_floating_point()) for c in given]
 
-    def called(x: Tensor, cond: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with call.circumstances.restored():
-            return trajectory.call(evaluation, x, call.level, trajectory.cond.filled(cond))
-
     with torch.enable_grad():
-        since = replay.mark()
-        outputs = called(x, cond)
+        since = graph.mark()
+        outputs = witness.again(call, x, cond)
     own = {id(x), *map(id, cond)}
-    leaves = [y for key, y in replay.reached(outputs, since).leaves.items() if key not in own]
+    leaves = [y for key, y in graph.reached(outputs, since).leaves.items() if key not in own]
 
     def at(of: str, values: Sequence[Tensor]) -> Point:
         with torch.no_grad():
             if of == "x":
-                return Point(called(values[0], given), values)
+                return Point(witness.again(call, values[0], given), values)
             if of == "cond":
-                return Point(called(call.x, filled(given, values)), values)
+                return Point(witness.again(call, call.x, filled(given, values)), values)
             with replaced(leaves, values):
-                return Point(called(call.x, given), values)
+                return Point(witness.again(call, call.x, given), values)
 
     inputs = {"x": [x], "cond": [c for c in cond if c.requires_grad], "parameters": leaves}
     rounded = _precision([x, *outputs, *leaves])
@@ -137,7 +141,7 @@ def of_call(
 
 def of_noises(witness: Witness, generator: torch.Generator) -> list[Difference]:
     """The transposes of a noise source of the user's own, at each injection."""
-    trajectory, z0 = witness.trajectory, witness.z0
+    trajectory, z0 = witness.trajectory, witness.z0.detach()
     program, source = trajectory.program, trajectory.noise
     differences = []
     for injection in dict.fromkeys(injection.noise for injection in program.injections):
@@ -239,11 +243,16 @@ def replaced(leaves: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[Non
 
 
 def _judged(attempt: Callable[[], list[Comparison]]) -> tuple[Comparison, bool]:
-    """The comparison farthest off, and whether most of several attempts disagree as it does."""
+    """What to tell of comparisons along one direction, and whether they show a wrong derivative.
+
+    Where one is off, but not by far, it has to be so along most of several directions.
+    """
     first = attempt()
     k = max(range(len(first)), key=lambda i: first[i].error / first[i].tolerance)
     if first[k].agrees:
-        return first[k], False
+        return first[0], False
+    if first[k].error > 10 * first[k].tolerance:
+        return first[k], True
     further = [attempt()[k] for _ in range(_ATTEMPTS - 1)]
     off = sum(not comparison.agrees for comparison in (first[k], *further))
     return first[k], 2 * off > _ATTEMPTS

@@ -14,9 +14,10 @@ from gradsampler import _checks, comparisons
 from gradsampler.arguments import Denoiser
 from gradsampler.comparisons import Difference, Witness
 from gradsampler.differences import Comparison
-from gradsampler.engine import generators
+from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
-from gradsampler.engine.replay import RandomState
+from gradsampler.engine.randomness import RandomState
+from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory import Memory, resolve
 from gradsampler.noise.sources import name_of
@@ -128,7 +129,7 @@ def check(
     value = loss(x)
     try:
         cotangent, gradient = torch.autograd.grad(value, [x, z0])
-    except NonFiniteError as error:
+    except (NonFiniteError, ReplayError) as error:
         lines.append(f"loss and backward: loss {value.item():.6g}, backward failed")
         return Report(lines, [*broken, str(error)])
     if not gradient.any():
@@ -173,8 +174,11 @@ class _Run:
         self._quietly(z0, memory=sight)
         self.trajectory = sight.trajectory
         self.exact = resolve(sample_kwargs.get("memory", "auto")).exact
-        self._held = generators.reachable(denoiser, sample_kwargs.get("cond"))
-        self._random = RandomState(z0.device, generators=self._held)
+        self._parts = parts.reachable(denoiser, sample_kwargs.get("cond"))
+        self._random = self._present()
+
+    def _present(self) -> RandomState:
+        return RandomState(self._z0.device, generators=self._parts.generators)
 
     def _sample(self, z0: Tensor, **changes: Any) -> Tensor:
         return sample(self._denoiser, z0, self._sigmas, **(self._kwargs | changes))
@@ -261,16 +265,20 @@ class _Run:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Draws as the first run did, and leaves generators and buffers as they are."""
-        now = RandomState(self._z0.device, generators=self._held)
-        buffers = [(x, x.clone()) for x in self.trajectory.buffers()]
+        now = self._present()
+        buffers = [
+            (module, name, x, x.clone())
+            for module in self._parts.modules
+            for name, x in module.named_buffers(recurse=False)
+        ]
         self._random.restore()
         try:
             yield
         finally:
             now.restore()
-            with torch.no_grad():
-                for x, value in buffers:
-                    x.copy_(value)
+            for module, name, x, value in buffers:
+                with torch.no_grad():
+                    module._buffers[name] = x.copy_(value)
 
 
 def _told(differences: Sequence[Difference]) -> str:
@@ -303,18 +311,13 @@ def _wrong(differences: Sequence[Difference], num_steps: int, exact: bool) -> li
         here = [each for each in differences if each.of == of and each.step is not None]
         wrong = [each for each in here if each.wrong]
         if wrong:
-            steps = list(dict.fromkeys(each.step for each in wrong))
-            everywhere = len(wrong) == len(here)
-            listed = ", ".join(
-                f"{each.step} of {num_steps}"
-                + ("" if each.sigma is None else f" (sigma = {each.sigma:.6g})")
-                for each in {each.step: each for each in wrong}.values()
-            )
-            place = "at every step" if everywhere else f"at step {listed}"
+            steps = list({each.step: _place(each, num_steps) for each in wrong}.values())
+            listed = ", ".join(steps[:3]) + (f" and {len(steps) - 3} more" * (len(steps) > 3))
+            place = "at every step" if len(wrong) == len(here) else f"at step {listed}"
             worst = max(wrong, key=lambda each: each.comparison.error)
             broken.append(
-                f"{link} {place}: autograd's derivative is {_off(worst.comparison)}, "
-                f"seen at {len(steps)} of {len({each.step for each in here})} steps"
+                f"{link} {place}: autograd gives {worst.comparison.autograd:.6g}, the central "
+                f"difference {worst.comparison.difference:.6g}, {_off(worst.comparison)}"
             )
     for each in differences:
         # In low precision the rounding of one call is carried on by the next ones.
@@ -324,6 +327,11 @@ def _wrong(differences: Sequence[Difference], num_steps: int, exact: bool) -> li
                 f"the gradient of the run to {each.of}, {why}: it is {_off(each.comparison)}"
             )
     return broken
+
+
+def _place(each: Difference, num_steps: int) -> str:
+    level = "" if each.sigma is None else f" (sigma = {each.sigma:.6g})"
+    return f"{each.step} of {num_steps}{level}"
 
 
 _LINKS = {

@@ -25,6 +25,9 @@ REPORT = re.compile(
     rf"  3\. loss and backward: loss {NUMBER}, gradient of shape \[1, 2, 2, 8, 8\]\n"
     rf"  4\. gradient: mean {NUMBER}, max {NUMBER}, min {NUMBER}\n"
     rf"  5\. optimiser update: mean absolute difference {NUMBER}\n"
+    rf"  6\. differences: along z0 autograd {NUMBER}, central difference {NUMBER}, off by {NUMBER} "
+    rf"where rounding explains {NUMBER}; 4 model calls along x, the worst off by {NUMBER} where "
+    rf"rounding explains {NUMBER}\n"
     r"  the gradient arrives\n"
 )
 
