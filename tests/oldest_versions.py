@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oldest versions that pyproject.toml promises, as pip takes them; for ``make test-oldest``.
 
-python -P tests/oldest_versions.py          # torch==2.11 numpy==1.26 ...
+Without arguments all of them (torch==2.11 numpy==1.26 ...), else those of the named packages.
 """
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -26,4 +27,5 @@ def versions() -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*versions())
+    wanted = sys.argv[1:]
+    print(*(each for each in versions() if not wanted or each.split("==")[0] in wanted))

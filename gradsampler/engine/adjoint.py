@@ -204,6 +204,7 @@ class Adjoint:
         self._states.adopt(kept)
         try:
             gradients = self._transposed(lam, wants_z0)
+            self._trajectory.observer.settle()
             self._compare()
         finally:
             self._repeats.clear()

@@ -36,7 +36,9 @@ def reachable(*roots: object) -> Parts:
     Looks into attributes, lists, tuples, sets and dicts, partials, bound methods, the closures,
     defaults and wrapped forms of functions, and what the names in their code and in that of the
     methods of classes stand for, in their own module and in those that it imports. The inner life
-    of torch, numpy and the standard library is passed over, and so is what only C code can see.
+    of the standard library, of torch and numpy, and of the libraries that networks come from, which
+    hold no generators, is passed over; the modules of such a network are not. Neither is seen what
+    only C code can see.
 
     Example:
         >>> import torch

@@ -163,6 +163,8 @@ class _Revolving(Adjoint):
         self._work = {}
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        if self._place is not None:
+            self._place.settle()
         try:
             if self._schedule is None:
                 with self._circumstances.autocast():

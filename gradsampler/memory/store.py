@@ -28,10 +28,15 @@ class Store(Memory):
         numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
         warned = False
 
+        def arrived(evaluation: Evaluation, g: Tensor) -> None:
+            trajectory.observer.finite(evaluation, g, "the gradient")
+            if evaluation is trajectory.program.evaluations[0]:
+                trajectory.observer.settle()
+
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             nonlocal warned
             if x.requires_grad:
-                x.register_hook(lambda g: trajectory.observer.finite(evaluation, g, "the gradient"))
+                x.register_hook(lambda g: arrived(evaluation, g))
             model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
             cond = trajectory.cond.filled(trajectory.cond.tensors)
             asked = model_input.requires_grad and not warned

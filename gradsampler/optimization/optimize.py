@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradsampler import _checks
+from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser, checked_levels
 from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
@@ -44,6 +45,7 @@ class OptimizeResult:
     history: list[OptimizeStep]
 
 
+@uncompiled
 def optimize(
     denoiser: Parameterization | Denoiser,
     z0: Tensor,

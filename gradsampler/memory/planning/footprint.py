@@ -16,6 +16,7 @@ from gradsampler.engine.program import Z0, Evaluation
 from gradsampler.engine.randomness import RandomState
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
+from gradsampler.memory.planning import drawn
 from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.saved import Saved, address
 
@@ -43,15 +44,16 @@ class Footprint:
     backward_peak: int
     forward_seconds: float
     backward_seconds: float
+    drawn: drawn.Drawn  # what one injection costs, beside the state that it is added to
 
 
 def measured(trajectory: Trajectory, z0: Tensor) -> Footprint:
     """The footprint of the first evaluation of a run from ``z0`` [B, *state] in its state dtype.
 
-    One forward and one backward of the model, under the circumstances of this moment (autocast,
-    train mode). Random state, buffers of modules and ``.grad`` stay as they are. On CUDA the peak
-    statistics of the allocator start anew. On the CPU a `torch.compile`d model is measured as it
-    runs uncompiled.
+    One forward and one backward of the model, and one noise where no kernel draws it, under the
+    circumstances of this moment (autocast, train mode). Random state, buffers of modules and
+    ``.grad`` stay as they are. On CUDA the peak statistics of the allocator start anew. On the CPU
+    a `torch.compile`d model is measured as it runs uncompiled.
     """
     with _undisturbed(trajectory, z0.device):
         return _Probe(trajectory, z0).footprint
@@ -80,6 +82,7 @@ class _Probe(Adjoint):
         counter = gauge(x.device)
         with counter:
             torch.zeros((), device=x.device)  # torch imports now what the first use of a mode needs
+        noise = drawn.measured(trajectory, self._z0)
         with counter, Saved(known) as saved:
             call = self._first(evaluation, x, None)
         forward_peak, held = counter.peak, counter.live
@@ -103,6 +106,7 @@ class _Probe(Adjoint):
             backward_peak=max(counter.peak, held),
             forward_seconds=sum(self._seconds),
             backward_seconds=sum(backward),
+            drawn=noise,
         )
         return self._z0
 
