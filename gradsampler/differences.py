@@ -127,20 +127,26 @@ class Ladder:
             return Rung(h, quotient, even, tuple(_inner(g, moves) for g in pulled))
 
         rungs = [rung(self._first / 2**k) for k in range(_RUNGS)]
-        best = self._best(rungs, cotangents)
-        while len(rungs) < _MOST:
+        while True:
+            found = self._estimates(rungs, cotangents)
+            best = [min(choices, key=lambda choice: choice.uncertainty) for choices in found]
             highest, lowest = rungs[0].h, rungs[-1].h
-            if any(each.h <= 2 * lowest for each in best):
+            if len(rungs) == _MOST:
+                return best
+            # Below the best step rounding doubles with each rung.
+            if any(
+                choice.h == lowest and choice.uncertainty < 4 * least.uncertainty
+                for least, choices in zip(best, found, strict=True)
+                for choice in choices
+            ):
                 rungs.append(rung(lowest / 2))
             elif any(each.h >= highest / 4 for each in best) and 2 * highest <= _CEILING:
                 rungs.insert(0, rung(2 * highest))
             else:
-                break
-            best = self._best(rungs, cotangents)
-        return best
+                return best
 
-    def _best(self, rungs: list[Rung], cotangents: Sequence[Tensor]) -> list[Comparison]:
-        """For each cotangent the estimate of the least uncertainty."""
+    def _estimates(self, rungs: list[Rung], cotangents: Sequence[Tensor]) -> list[list[Comparison]]:
+        """For each cotangent an estimate from each two neighbours."""
         better = [
             Rung(
                 b.h,
@@ -169,7 +175,7 @@ class Ladder:
                 choices.append(
                     Comparison(b.moved[i], difference, uncertainty, scale, b.h, precision)
                 )
-            found.append(min(choices, key=lambda choice: choice.uncertainty))
+            found.append(choices)
         return found
 
 
