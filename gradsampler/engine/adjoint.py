@@ -81,10 +81,12 @@ class Gradients:
         return gradient
 
     def tensor(self, position: int, gradient: Tensor | None) -> None:
-        """Adds to the gradient of the input at ``position``."""
+        """Adds to the gradient of the input at ``position``; sums are in float32 at least."""
         if gradient is not None:
             known = self.tensors.get(position)
-            self.tensors[position] = gradient if known is None else known + gradient
+            if known is not None:
+                gradient = known.to(torch.promote_types(known.dtype, torch.float32)) + gradient
+            self.tensors[position] = gradient
 
 
 class Adjoint:
@@ -362,7 +364,9 @@ class Connection(torch.autograd.Function):
                 "a run that keeps no activations must be differentiated once, got "
                 "create_graph=True; memory='store' has a gradient of the gradient"
             )
-        kept = ctx.saved_tensors[1 + ctx.count :]
+        _, _, *saved = ctx.saved_tensors
+        inputs, kept = saved[: ctx.count - 1], saved[ctx.count - 1 :]
         gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
-        rest = [gradients.tensors.get(k) for k in range(ctx.count - 1)]
+        sums = (gradients.tensors.get(k) for k in range(len(inputs)))
+        rest = [g if g is None else g.to(x.dtype) for g, x in zip(sums, inputs, strict=True)]
         return None, gradients.z0, gradients.numbers(), *rest

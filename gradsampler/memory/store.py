@@ -2,8 +2,9 @@
 """Keep everything."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Store(Memory):
         learned = coefficients.requires_grad and torch.is_grad_enabled()
         numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
         warned = False
+        cond = [_summed_wide(x) for x in trajectory.cond.tensors]
 
         def arrived(evaluation: Evaluation, g: Tensor) -> None:
             trajectory.observer.finite(evaluation, g, "the gradient")
@@ -38,15 +40,39 @@ class Store(Memory):
             if x.requires_grad:
                 x.register_hook(lambda g: arrived(evaluation, g))
             model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
-            cond = trajectory.cond.filled(trajectory.cond.tensors)
             asked = model_input.requires_grad and not warned
             since = graph.mark() if asked else 0
-            outputs = trajectory.call(evaluation, model_input, level, cond)
+            filled = trajectory.cond.filled([use() for use in cond])
+            outputs = trajectory.call(evaluation, model_input, level, filled)
             if asked and not graph.reaches(outputs, model_input, since):
                 warned = True
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
-            return outputs
+            # A later step may look back at an output: the cotangents are added up before they are
+            # rounded to its dtype.
+            return [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
 
         if torch.is_grad_enabled():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         return trajectory.forward(z0, numbers, evaluate)
+
+
+class _Use(torch.autograd.Function):
+    """A tensor as it is, whose cotangent goes to its copy in a wider dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, x: Tensor) -> Tensor:
+        ctx.dtype = copy.dtype
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g.to(ctx.dtype), None
+
+
+def _summed_wide(x: Tensor) -> Callable[[], Tensor]:
+    """Gives a tensor of 16 bits for each of its uses, whose cotangents are added up in float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if not (x.requires_grad and torch.is_grad_enabled()) or wide == x.dtype:
+        return lambda: x
+    copy = x.to(wide)
+    return lambda: _Use.apply(copy, x.detach())

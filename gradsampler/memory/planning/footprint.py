@@ -38,7 +38,8 @@ class Footprint:
     keeps_input: bool  # whether it keeps these too
     keeps_outputs: bool
     gradients: int  # bytes of the gradients of parameters, conditioning and levels
-    largest_gradient: int  # of these
+    sums: int  # bytes of their sums over calls
+    largest_sum: int  # of these
     held: int  # bytes alive after the call
     forward_peak: int
     backward_peak: int
@@ -89,6 +90,7 @@ class _Probe(Adjoint):
         cotangents = [torch.ones_like(output) for output in call.outputs]
         with counter, _timed(x.device) as backward:
             gradients = self._pulled(call, cotangents)
+        sums = [g.numel() * max(4, g.element_size()) for g in gradients]
         same = address(call.scaled) == address(x)
         self.footprint = Footprint(
             elements=x.numel(),
@@ -100,7 +102,8 @@ class _Probe(Adjoint):
             keeps_input=saved.has(call.scaled),
             keeps_outputs=any(saved.has(output) for output in call.outputs),
             gradients=sum(size(g) for g in gradients),
-            largest_gradient=max((size(g) for g in gradients), default=0),
+            sums=sum(sums),
+            largest_sum=max(sums, default=0),
             held=held,
             forward_peak=forward_peak,
             backward_peak=max(counter.peak, held),

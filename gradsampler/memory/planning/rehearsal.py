@@ -237,9 +237,10 @@ class Rehearsal:
                     self._heap.drop(block)
                 cot[instruction.writes] = self._heap.new(cost.model_input or cost.state)
                 if gathered:  # the new ones, and one sum at a time
-                    self._heap.touch(cost.gradients + cost.largest_gradient)
-                self._heap.new(cost.gradients - gathered)
-                gathered = cost.gradients
+                    self._heap.touch(cost.gradients + cost.largest_sum)
+                now = cost.sums if gathered else cost.gradients
+                self._heap.new(now - gathered)
+                gathered = now
             elif isinstance(instruction, Absorption):
                 self._heap.touch(pulled)
             else:
