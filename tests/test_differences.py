@@ -3,8 +3,11 @@
 holds for backwards that are wrong on purpose.
 """
 
+import inspect
 import math
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradsampler as gs
+from gradsampler import gradient_flow
 from gradsampler.differences import Ladder, Point
 from support.problems import normal
 
@@ -621,3 +625,28 @@ def test_the_page_runs():
         )
     ]
     assert ratios == [(1, 1.02)] * len(ratios) != []
+
+
+def test_the_page_quotes_what_the_check_reports():
+    """The words in the second column of its table."""
+    page = (Path(__file__).parents[1] / "docs" / "wrong-gradients.md").read_text()
+    source = inspect.getsource(gradient_flow)
+    quoted = re.findall(r"^\|[^|]*\| `([^`|]+)`", page, re.MULTILINE)
+    assert len(quoted) >= 6
+    for words in quoted:
+        link = re.split(r",? at step ", words)[0].replace("to z0", "to {each.of}")
+        assert all(part in source for part in link.split(", ")), words
+
+
+def test_the_page_s_picture_is_made_by_its_script(tmp_path, monkeypatch, capsys):
+    root, path = Path(__file__).parents[1], tmp_path / "p.png"
+    monkeypatch.setattr(sys, "argv", ["wrong_gradients.py", "--out", str(path)])
+    script = runpy.run_path(str(root / "examples" / "wrong_gradients.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert 10_000 < path.stat().st_size < 70_000
+    steps = [10.0 ** (-k / 4) for k in range(33)]
+    for dtype in script["DTYPES"].values():
+        right, off = (script["errors"](dtype, factor, steps) for factor in (1.0, 1.02))
+        assert min(right) < 2e-3
+        assert min(off) > 5 * min(right)
