@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks, solvers
+from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import Program
@@ -67,6 +68,7 @@ def trajectory(
 
     Nobody looks on.
     """
+    weights.check(model, saved=z0.requires_grad)
     source = _noise(noise, program, z0)
     if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
         _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)

@@ -3,8 +3,11 @@
 holds for backwards that are wrong on purpose.
 """
 
+import inspect
 import math
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradsampler as gs
+from gradsampler import gradient_flow
 from gradsampler.differences import Ladder, Point
 from support.problems import normal
+from support.tiers import few, pairs
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SIGMAS = [8.0, 2.5, 0.8, 0.2]
@@ -172,14 +177,18 @@ def smooth():
     return nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 16)), (64, 16)
 
 
-NETWORKS = [attention_network, convolutions, kinks, smooth]
+NETWORKS = {
+    "attention": attention_network,
+    "convolutions": convolutions,
+    "kinks": kinks,
+    "smooth": smooth,
+}
 
 
-@pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
-def test_rounding_is_no_wrong_backward_and_two_per_cent_are(make, dtype):
+@pairs(kind=NETWORKS, dtype=[F64, F32, BF16, F16])
+def test_rounding_is_no_wrong_backward_and_two_per_cent_are(kind, dtype):
     torch.manual_seed(0)
-    network, shape = make()
+    network, shape = NETWORKS[kind]()
     network = network.to(dtype)
     x, sharp = normal(*shape, seed=2).to(dtype), 0
     for seed in range(4):
@@ -192,7 +201,7 @@ def test_rounding_is_no_wrong_backward_and_two_per_cent_are(make, dtype):
         assert off.agrees == (off.tolerance > off.error)
         assert off.autograd / off.difference == pytest.approx(1.02, abs=max(off.tolerance, 1e-4))
         sharp += not off.agrees
-    assert sharp == 4 or (dtype in (BF16, F16) and make in (kinks, convolutions))
+    assert sharp == 4 or (dtype in (BF16, F16) and kind in ("kinks", "convolutions"))
 
 
 def test_low_precision_hidden_inside_is_seen_by_its_rounding():
@@ -306,10 +315,9 @@ def start(dtype=F32, shape=(4, 24, 16)):
     return normal(*shape, seed=1).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("wrong", EVERYWHERE.values(), ids=EVERYWHERE)
-@dtypes
+@pairs(wrong=EVERYWHERE, dtype=[F64, F32, BF16])
 def test_a_wrong_backward_is_found(wrong, dtype):
-    report = gs.check(Network(dtype, **wrong), start(dtype), SIGMAS)
+    report = gs.check(Network(dtype, **EVERYWHERE[wrong]), start(dtype), SIGMAS)
     assert not report.passed
     (link,) = report.broken
     assert link.startswith("a wrong backward of the denoiser at every step: autograd gives")
@@ -339,18 +347,17 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("honest", HONEST.values(), ids=HONEST)
-@pytest.mark.parametrize("dtype", [F64, F32, BF16, F16], ids=str)
+@pairs(honest=HONEST, dtype=[F64, F32, BF16, F16])
 def test_where_only_rounding_differs_nothing_is_wrong(honest, dtype):
     for seed in range(2):
-        report = gs.check(Network(dtype, **honest), start(dtype), SIGMAS, seed=seed)
+        report = gs.check(Network(dtype, **HONEST[honest]), start(dtype), SIGMAS, seed=seed)
         assert report.passed, report.broken
         assert len(report.lines) == 6
         assert not any(each.wrong for each in report.differences)
         calls = [each.comparison for each in report.differences if each.of == "x"]
         assert not any(comparison.blind for comparison in calls)
     precision = max(each.comparison.precision for each in report.differences)
-    assert (precision > 1e-4) == (dtype in (BF16, F16)) or "kinks" in honest
+    assert (precision > 1e-4) == (dtype in (BF16, F16)) or honest == "kinks"
 
 
 @pytest.mark.thorough
@@ -358,7 +365,7 @@ def test_where_only_rounding_differs_nothing_is_wrong(honest, dtype):
 def test_an_honest_network_is_never_called_wrong(seed):
     for dtype in (F64, F32, BF16, F16):
         torch.manual_seed(seed)
-        network, shape = NETWORKS[seed % len(NETWORKS)]()
+        network, shape = [*NETWORKS.values()][seed % len(NETWORKS)]()
         network = network.to(dtype)
         report = gs.check(
             lambda x, sigma: network((x / (1 + sigma[0])).to(dtype)).to(x.dtype),  # noqa: B023
@@ -492,9 +499,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_right_gradient_is_right_whatever_the_run(settings):
-    report = gs.check(Network(F64), start(F64), SIGMAS, directions=2, **settings)
+@pytest.mark.parametrize("name", few(list(SETTINGS), "heun", "mixture", "loss"))
+def test_a_right_gradient_is_right_whatever_the_run(name):
+    report = gs.check(Network(F64), start(F64), SIGMAS, directions=2, **SETTINGS[name])
     assert report.passed, report.broken
     runs = [each.comparison for each in report.differences if each.step is None]
     assert len(runs) == 2
@@ -621,3 +628,29 @@ def test_the_page_runs():
         )
     ]
     assert ratios == [(1, 1.02)] * len(ratios) != []
+
+
+def test_the_page_quotes_what_the_check_reports():
+    """The words in the second column of its table."""
+    page = (Path(__file__).parents[1] / "docs" / "wrong-gradients.md").read_text()
+    source = inspect.getsource(gradient_flow)
+    quoted = re.findall(r"^\|[^|]*\| `([^`|]+)`", page, re.MULTILINE)
+    assert len(quoted) >= 6
+    for words in quoted:
+        link = re.split(r",? at step ", words)[0].replace("to z0", "to {each.of}")
+        assert all(part in source for part in link.split(", ")), words
+
+
+@pytest.mark.thorough
+def test_the_page_s_picture_is_made_by_its_script(tmp_path, monkeypatch, capsys):
+    root, path = Path(__file__).parents[1], tmp_path / "p.png"
+    monkeypatch.setattr(sys, "argv", ["wrong_gradients.py", "--out", str(path)])
+    script = runpy.run_path(str(root / "examples" / "wrong_gradients.py"), run_name="__main__")
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert 10_000 < path.stat().st_size < 70_000
+    steps = [10.0 ** (-k / 4) for k in range(33)]
+    for dtype in script["DTYPES"].values():
+        right, off = (script["errors"](dtype, factor, steps) for factor in (1.0, 1.02))
+        assert min(right) < 2e-3
+        assert min(off) > 5 * min(right)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 import gradsampler as gs
 from gradsampler import solvers
@@ -188,6 +189,176 @@ def test_float8_conditioning_is_taken_as_data(memory):
 
     got = gradient(cast, memory=memory, cond={"c": c})
     assert torch.equal(got[0], gradient(scaled, memory=memory, cond={"c": c.double()})[0])
+
+
+# ------------------------------------------------------------------ weights
+
+
+class Head(nn.Module):
+    """A linear denoiser that casts its input or not."""
+
+    def __init__(self, dtype=torch.float64, cast=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4).to(dtype)
+        self.cast = cast
+
+    def forward(self, x, sigma, c=None):
+        y = x.to(self.layer.weight.dtype) if self.cast else x
+        return self.layer(y).to(x.dtype) + (0 if c is None else self.layer(c))
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return Head()
+
+
+def hidden(network):
+    return lambda x, sigma, **cond: network(x, sigma, **cond)
+
+
+SHOWN = {
+    "itself": lambda network: network,
+    "in EDM": gs.EDM,
+    "named": lambda network: gs.EDM(hidden(network), modules=[network]),
+}
+FORMS = {**SHOWN, "hidden": hidden, "hidden in EDM": lambda network: gs.EDM(hidden(network))}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@memories
+@forms
+def test_weights_made_in_inference_mode_are_refused_before_any_call(form, memory):
+    network, calls = made_in_inference_mode(), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    expected = (
+        r"^denoiser: its weight Linear\.weight must be made outside of torch\.inference_mode.*; "
+        r"take network = copy\.deepcopy\(network\), once"
+    )
+    with pytest.raises(ValueError, match=expected):
+        gradient(form(network), memory=memory)
+    assert calls == []
+
+
+@memories
+@forms
+def test_the_way_out_of_inference_mode_works(form, memory):
+    network, plain = made_in_inference_mode(), Head()
+    with torch.no_grad():
+        x = gs.sample(form(network), normal(2, 4), SIGMAS, memory=memory)
+    for each in network.parameters():
+        each.data = each.data.clone()
+    with pytest.raises(ValueError, match=r"^denoiser: its weight Linear"):  # not by their data
+        gradient(form(network), memory=memory)
+    network = copy.deepcopy(network)
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(
+        gradient(form(network), memory=memory)[0], gradient(form(plain), memory=memory)[0]
+    )
+    with torch.no_grad():
+        want = gs.sample(form(plain), normal(2, 4), SIGMAS, memory=memory)
+    torch.testing.assert_close(x, want, rtol=1e-13, atol=1e-13)
+
+
+def test_a_run_in_inference_mode_takes_its_weights():
+    network = made_in_inference_mode()
+    with torch.inference_mode():
+        x = gs.sample(network, normal(2, 4), SIGMAS)
+    assert x.isfinite().all()
+
+
+@forms
+def test_weights_on_meta_are_named(form):
+    network, calls = Head().to("meta"), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"^denoiser: its weight Linear\.weight must hold values"):
+        gradient(form(network))
+    assert calls == []
+
+
+def test_weights_that_come_and_go_are_left_to_their_hooks():
+    """As accelerate has it: on meta between two calls, loaded before each."""
+    network, plain = Head(), Head()
+    values = {name: x.detach().clone() for name, x in network.named_parameters()}
+    network.layer._hf_hook = object()
+
+    def put(module, to):
+        for name in values:
+            x = nn.Parameter(to(values[name]), requires_grad=False)
+            module.layer._parameters[name.removeprefix("layer.")] = x
+
+    put(network, lambda x: x.to("meta"))
+    network.register_forward_pre_hook(lambda module, _: put(module, torch.clone))
+    network.register_forward_hook(lambda module, *_: put(module, lambda x: x.to("meta")))
+    got = gradient(network, memory="checkpoint")
+    assert torch.equal(got[0], gradient(plain, memory="checkpoint")[0])
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@memories
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
+def test_a_half_network_behind_a_lambda_is_told_what_to_do(dtype, state, memory):
+    z0 = normal(2, 4).to(state)
+    expected = (
+        f"denoiser: what it is called with must fit its weights of {dtype}, got a state of "
+        f"{state}, levels of {state}; name the network, modules=[network], for the run to call it "
+        "in its dtype, or cast (torch: "
+    )
+    with pytest.raises(TypeError, match="^" + re.escape(expected)):
+        gradient(hidden(Head(dtype)), z0=z0, memory=memory)
+
+
+@memories
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_ways_out_of_a_half_network_work(dtype, memory):
+    z0 = normal(2, 4).float()
+    named = gs.sample(hidden(Head(dtype)), z0, SIGMAS, memory=memory, modules=[Head(dtype)])
+    cast = gs.sample(hidden(Head(dtype, cast=True)), z0, SIGMAS, memory=memory)
+    itself = gs.sample(Head(dtype), z0, SIGMAS, memory=memory)
+    assert torch.equal(named, itself)
+    torch.testing.assert_close(named, cast, rtol=2e-2, atol=2e-2)
+
+
+def test_conditioning_that_does_not_fit_is_named():
+    network = Head(torch.bfloat16)
+    expected = (
+        "denoiser: what it is called with must fit its weights of torch.bfloat16, got a state of "
+        "torch.bfloat16, levels of torch.float32 and conditioning of torch.float64; cast levels"
+    )
+    with pytest.raises(TypeError, match="^" + re.escape(expected)):
+        gradient(network, z0=normal(2, 4).float(), cond={"c": normal(4)})
+
+
+def test_weights_of_eight_bits_do_not_set_the_dtype_of_the_call():
+    class Storage(Head):
+        def forward(self, x, sigma):
+            assert x.dtype == torch.float32
+            return torch.tanh(x) @ self.layer.weight.to(x.dtype).T
+
+    def frozen(network):
+        return network.requires_grad_(False)
+
+    gradient(frozen(Storage(E5M2)), z0=normal(2, 4).float())
+    with pytest.raises(ValueError, match=r"weight Linear\.weight must be frozen, .*float8"):
+        gradient(Storage(E5M2), z0=normal(2, 4).float())
+    with pytest.raises(TypeError, match=r"weights of torch\.float8_e5m2.*have to cast them"):
+        gradient(frozen(Head(E5M2)), z0=normal(2, 4).float())
+
+
+def test_other_errors_of_a_denoiser_are_its_own():
+    class Mine(RuntimeError):
+        pass
+
+    def failing(x, sigma):
+        raise Mine("the dtype of my own business")
+
+    with pytest.raises(Mine, match="of my own business"):
+        gradient(failing)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        gradient(lambda x, sigma: x @ torch.zeros(3, 3))
 
 
 # ------------------------------------------------------------------ noise of the user's own

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.contract import MAX_TERMS, Draw
+from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import (
@@ -215,7 +216,11 @@ class Trajectory:
         """Calls the model and checks what it returns."""
         before = version(x)
         branches = [slot.branch for slot in evaluation.writes]
-        outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
+        try:
+            outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
+        except RuntimeError as error:
+            weights.explain(error, self.model, x, level, cond)
+            raise
         if version(x) != before:
             _checks.fail(
                 f"denoiser: its input at step {evaluation.step}",
