@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks, arguments
+from gradsampler import _checks, arguments, solvers
 from gradsampler import memory as memories
 from gradsampler._uncompiled import uncompiled
+from gradsampler.adaptation import adapted
 from gradsampler.arguments import Denoiser
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
@@ -18,6 +19,7 @@ from gradsampler.memory import Memory
 from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
+from gradsampler.solvers.adaptive import Adaptive
 
 
 @uncompiled
@@ -93,14 +95,30 @@ def sample(
         (torch.Size([2, 3]), True)
     """
     z0 = _checks.batched("z0", z0)
+    method = solvers.resolve(solver, eta, s_noise)
+    if isinstance(method, Adaptive):
+        if not memories.resolve(memory).any_program:
+            way_out = "take solver='midpoint_reversible'"
+            got = f"{memory!r} with {type(method).__name__}"
+            _checks.fail("memory", "run every solver where levels are chosen", got, way_out)
+        sigmas = adapted(
+            method,
+            denoiser,
+            z0,
+            sigmas,
+            prediction=prediction,
+            noise=noise,
+            churn=churn,
+            cond=cond,
+            state_dtype=state_dtype,
+            modules=modules,
+        )
     program, model = arguments.record(
         denoiser,
         sigmas,
-        solver=solver,
+        solver=method,
         prediction=prediction,
         churn=churn,
-        eta=eta,
-        s_noise=s_noise,
         final_denoise=final_denoise,
     )
     return integrate(

@@ -10,6 +10,7 @@ import gradsampler as gs
 from gradsampler.engine import replay
 from gradsampler.memory import capacity
 from support.crossings import META, Crossings
+from support.runs import SOLVERS
 
 # Offload has streams of a real device.
 MEMORIES = [*sorted({*gs.memory.names()} - {"offload"}), "revolve:2", "truncated:2"]
@@ -58,7 +59,7 @@ def test_no_noise_waits(noise):
     assert crossings(4, noise=noise) == crossings(7, noise=noise) == []
 
 
-@pytest.mark.parametrize("solver", gs.solvers.names())
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_no_solver_waits(solver):
     assert crossings(4, "store", solver) == crossings(7, "store", solver) == []
 

@@ -34,7 +34,7 @@ FLOORS = [
     "optimization.* gradient_flow comparisons iteration",
     "sampling layout",
     "memory.*",
-    "arguments",
+    "arguments adaptation",
     "solvers.*",
     "engine.*",
     "flow",

@@ -111,16 +111,15 @@ def loop(name, options, levels, flow, z0=Z0, noise=NOISES):
     return LOOPS[name](run, levels[0] * z0, levels, **options), run
 
 
-def sample(name, options, levels, flow, count, z0=Z0, noise=NOISES, model=None, **more):
-    return gs.sample(
+def sample(name, options, levels, flow, count, z0=Z0, noise=NOISES, model=None):
+    """Over these very levels, also if the solver would choose others."""
+    program, wrapped = gs.arguments.record(
         model or (flow_velocity if flow else MIXTURE.denoise),
-        z0,
         torch.as_tensor(levels, dtype=torch.float64),
         solver=solver(name, options),
         prediction="flow" if flow else "x0",
-        noise=noises.Given(noise[:count]) if count else None,
-        **more,
     )
+    return gs.integrate(program, wrapped, z0, noise=noises.Given(noise[:count]) if count else None)
 
 
 def holds(name, options, levels, flow):

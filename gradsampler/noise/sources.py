@@ -48,6 +48,11 @@ class NoiseSource(ABC):
         return True
 
     @property
+    def needs_length(self) -> bool:
+        """Whether the noise depends on how many steps the run has."""
+        return False
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors of the caller that the noise is made of and that its gradient reaches."""
         return ()
@@ -161,6 +166,10 @@ class SinCos(NoiseSource):
     def __post_init__(self) -> None:
         for name in ("scale_gain", "phase_rate", "sin_amp", "cos_amp"):
             _checks.finite(f"SinCos: {name}", getattr(self, name))
+
+    @property
+    def needs_length(self) -> bool:
+        return self.scale_gain != 0
 
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)
@@ -282,6 +291,10 @@ class Mixture(NoiseSource):
         return self.other.of_z0
 
     @property
+    def needs_length(self) -> bool:
+        return self.other.needs_length
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.other.tensors
 
@@ -340,6 +353,10 @@ class Given(NoiseSource):
 
     def __repr__(self) -> str:
         return f"Given({len(self._tensors)} tensors)"
+
+    @property
+    def needs_length(self) -> bool:
+        return True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from functools import partial
 from gradsampler import _checks
 from gradsampler.engine.program import Recorder
 from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
+from gradsampler.solvers.adaptive import Adaptive, DPMAdaptive
 from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
 from gradsampler.solvers.cfg_pp import (
@@ -39,9 +40,11 @@ __all__ = [
     "ERSDE",
     "IPNDM",
     "LMS",
+    "Adaptive",
     "Churn",
     "Consistency",
     "DPM2Ancestral",
+    "DPMAdaptive",
     "DPMFast",
     "DPMpp2M",
     "DPMpp2MCFGpp",
@@ -85,6 +88,7 @@ _REGISTRY: dict[str, Callable[[], Solver]] = {
     "deis": DEIS,
     "dpm_2": DPM2,
     "dpm_2_ancestral": DPM2Ancestral,
+    "dpm_adaptive": DPMAdaptive,
     "dpm_fast": DPMFast,
     "dpmpp_2m": DPMpp2M,
     "dpmpp_2m_cfg_pp": DPMpp2MCFGpp,

@@ -58,6 +58,11 @@ class Descent(NamedTuple):
         variance = square(t) - square(gain * down)
         return cls(down, gain, sqrt(variance) if variance > 0 else None)
 
+    def above(self, run: Recorder, lowest: Coefficient, t: Coefficient) -> "Descent":
+        """The same, going down no further than to ``lowest``."""
+        deep = self.up is not None and bool(self.down < lowest)
+        return Descent.reaching(run, lowest, t) if deep else self
+
     def ascended(self, run: Recorder, x: Affine, s_noise: Coefficient) -> Affine:
         """The state x at the level ``down``, brought up."""
         return x if self.up is None else self.gain * x + s_noise * self.up * run.noise()

@@ -114,9 +114,7 @@ class DPMFast(Sweep):
         for i, (s, t) in enumerate(pairwise(levels)):
             run.step = start + i
             noise, s = churn.raised(run, s)
-            descent = Descent.of(run, s, t, self.eta)
-            if descent.up is not None and descent.down < positive[-1]:
-                descent = Descent.reaching(run, positive[-1], t)
+            descent = Descent.of(run, s, t, self.eta).above(run, positive[-1], t)
             x = dpm_solver(run, x + noise, s, descent.down, orders[i])
             x = descent.ascended(run, x, self.s_noise)
         return x
