@@ -62,6 +62,12 @@ def floating(argument: str, x: object) -> Tensor:
     return x
 
 
+def valued(argument: str, x: Tensor) -> None:
+    """Refuses a tensor without values."""
+    if x.is_meta:
+        fail(argument, "hold values", "a tensor on the device meta")
+
+
 def savable(x: Tensor) -> Tensor:
     """Returns ``x``, or a copy of one made in inference mode, which autograd refuses to save."""
     return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x

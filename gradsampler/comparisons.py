@@ -141,7 +141,7 @@ def of_call(
 
 def of_noises(witness: Witness, generator: torch.Generator) -> list[Difference]:
     """The transposes of a noise source of the user's own, at each injection."""
-    trajectory, z0 = witness.trajectory, witness.z0
+    trajectory, z0 = witness.trajectory, witness.z0.detach()
     program, source = trajectory.program, trajectory.noise
     differences = []
     for injection in dict.fromkeys(injection.noise for injection in program.injections):

@@ -6,6 +6,9 @@ For a map F, a direction v and a cotangent w, autograd's <J^T w, v> and the quot
 and by the rounding of F over h where h is small. So h runs down a ladder; quotients of neighbouring
 rungs, and their extrapolation to h = 0 (Ridders 1982), say by how much each is off, and the best
 is taken. Autograd has no part in that choice.
+
+Beside a kink closer than h, as of a rectified unit, all quotients are off alike, by half the jump
+of the slope. There (F(x + h v) + F(x - h v) - 2 F(x)) / 2h does not fall with h.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,11 +33,20 @@ class Point(NamedTuple):
     inputs: Sequence[Tensor]  # rounded to their dtypes
 
 
+class Measured(NamedTuple):
+    """The map on both sides of the point."""
+
+    quotient: Tensor  # [n] of all outputs
+    even: Tensor  # [n] half the difference of the quotients ahead and behind
+    moves: list[Tensor]  # the direction as rounded
+
+
 class Rung(NamedTuple):
-    """A difference quotient."""
+    """A difference quotient, or one extrapolated from two."""
 
     h: float
     quotient: Tensor  # [n] of all outputs
+    even: Tensor  # [n] half the difference of the quotients ahead and behind
     moved: tuple[float, ...]  # autograd's derivative along the rounded direction, by cotangent
 
 
@@ -81,19 +93,24 @@ class Ladder:
 
     def __init__(self, at: Callable[[float], Point], precision: float) -> None:
         self._at, self._precision = at, precision
-        self._size = 0.0
         # Truncation of the extrapolated quotient, h^4, is as large as rounding, precision / h.
         self._first = min(4 * precision**0.2, _CEILING / 2)
-        self._start = self._quotient(self._first)
-        self.direction = self._start[0]  # [n] what the outputs move by along the line
+        self._here = _flat(self._at(0.0).outputs)
+        self._size = _rms(self._here)
+        self._start = self._measured(self._first)
+        self.direction = self._start.quotient  # [n] what the outputs move by along the line
 
-    def _quotient(self, h: float) -> tuple[Tensor, list[Tensor]]:
+    def _measured(self, h: float) -> Measured:
         up, down = self._at(h), self._at(-h)
-        pairs = zip(up.outputs, down.outputs, strict=True)
-        moves = zip(up.inputs, down.inputs, strict=True)
-        quotient = torch.cat([_halved(a, b, h).flatten() for a, b in pairs])
-        self._size = max(self._size, *(_rms(x) for x in up.outputs))
-        return quotient, [_halved(a, b, h) for a, b in moves]
+        ahead, behind = _flat(up.outputs), _flat(down.outputs)
+        return Measured(
+            (ahead - behind) / (2 * h),
+            (ahead + behind - 2 * self._here) / (2 * h),
+            [
+                (a.double() - b.double()) / (2 * h)
+                for a, b in zip(up.inputs, down.inputs, strict=True)
+            ],
+        )
 
     def compare(
         self, cotangents: Sequence[Tensor], pulled: Sequence[Sequence[Tensor | None]]
@@ -106,56 +123,70 @@ class Ladder:
         """
 
         def rung(h: float) -> Rung:
-            quotient, moved = self._start if h == self._first else self._quotient(h)
-            return Rung(h, quotient, tuple(_inner(g, moved) for g in pulled))
+            quotient, even, moves = self._start if h == self._first else self._measured(h)
+            return Rung(h, quotient, even, tuple(_inner(g, moves) for g in pulled))
 
         rungs = [rung(self._first / 2**k) for k in range(_RUNGS)]
-        best = self._best(rungs, cotangents)
-        while len(rungs) < _MOST:
+        while True:
+            found = self._estimates(rungs, cotangents)
+            best = [min(choices, key=lambda choice: choice.uncertainty) for choices in found]
             highest, lowest = rungs[0].h, rungs[-1].h
-            if any(each.h <= 2 * lowest for each in best):
+            if len(rungs) == _MOST:
+                return best
+            # Below the best step rounding doubles with each rung.
+            if any(
+                choice.h == lowest and choice.uncertainty < 4 * least.uncertainty
+                for least, choices in zip(best, found, strict=True)
+                for choice in choices
+            ):
                 rungs.append(rung(lowest / 2))
             elif any(each.h >= highest / 4 for each in best) and 2 * highest <= _CEILING:
                 rungs.insert(0, rung(2 * highest))
             else:
-                break
-            best = self._best(rungs, cotangents)
-        return best
+                return best
 
-    def _best(self, rungs: list[Rung], cotangents: Sequence[Tensor]) -> list[Comparison]:
-        """For each cotangent the estimate of the least uncertainty."""
+    def _estimates(self, rungs: list[Rung], cotangents: Sequence[Tensor]) -> list[list[Comparison]]:
+        """For each cotangent an estimate from each two neighbours."""
         better = [
             Rung(
                 b.h,
                 (4 * b.quotient - a.quotient) / 3,
+                b.even,
                 tuple((4 * q - p) / 3 for p, q in zip(a.moved, b.moved, strict=True)),
             )
             for a, b in pairwise(rungs)
         ]
         pairs = [*pairwise(rungs), *pairwise(better)]
         spreads = [_rms(b.quotient - a.quotient) for a, b in pairs]
+        kinks = [_outliers(2 * b.even - a.even) for a, b in pairs]  # 0 for what falls with h
         noise = min(s * b.h for s, (_, b) in zip(spreads, pairs, strict=True))
         precision = max(self._precision, noise / self._size if self._size else 0.0)
         found = []
         for i, w in enumerate(cotangents):
             length = float(w.norm())
             choices = []
-            for spread, (a, b) in zip(spreads, pairs, strict=True):
+            for spread, jumps, (a, b) in zip(spreads, kinks, pairs, strict=True):
                 before, here = (float(w @ x.quotient) - x.moved[i] for x in (a, b))
                 # Rounding is independent from element to element, and so hardly adds up along w.
-                uncertainty = abs(here - before) + 3 * length * spread
+                uncertainty = abs(here - before) + 3 * length * spread + float(w.abs() @ jumps)
                 difference = here + b.moved[i]
                 typical = length * _rms(b.quotient)
                 scale = max(abs(difference), abs(b.moved[i]), typical)
                 choices.append(
                     Comparison(b.moved[i], difference, uncertainty, scale, b.h, precision)
                 )
-            found.append(min(choices, key=lambda choice: choice.uncertainty))
+            found.append(choices)
         return found
 
 
-def _halved(up: Tensor, down: Tensor, h: float) -> Tensor:
-    return (up.double() - down.double()) / (2 * h)
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.double().flatten() for x in tensors])
+
+
+def _outliers(x: Tensor) -> Tensor:
+    """By how much elements exceed what is common, as kinks do and rounding does not."""
+    size = x.abs()
+    return (size - 8 * size.median()).clamp_min(0.0)
 
 
 def _rms(x: Tensor) -> float:

@@ -183,8 +183,7 @@ def integrate(
         tensor(True)
     """
     z0 = _checks.batched("z0", z0)
-    if z0.is_meta:
-        _checks.fail("z0", "hold values", "a tensor on the device meta")
+    _checks.valued("z0", z0)
     if not isinstance(program, Program):
         _checks.fail_type("program", "be recorded by a Solver or a Recorder", program)
     model = parameterize(denoiser, "x0").naming(modules)

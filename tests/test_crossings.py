@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import gradsampler as gs
-from gradsampler.engine import replay
+from gradsampler import _checks
+from gradsampler.engine import adjoint
 from gradsampler.memory import capacity
 from support.crossings import META, Crossings
 from support.runs import SOLVERS
@@ -21,9 +22,15 @@ def _meta_is_a_device(monkeypatch):
     """The meta device has no generators, no autocast and no memory to ask for."""
     module = SimpleNamespace(device_count=lambda: 0)
     monkeypatch.setattr(torch, "meta", module, raising=False)
-    circumstances, cpu = replay.Circumstances, torch.device("cpu")
-    monkeypatch.setattr(replay, "Circumstances", lambda _, *rest: circumstances(cpu, *rest))
+    circumstances, cpu = adjoint.Circumstances, torch.device("cpu")
+    monkeypatch.setattr(adjoint, "Circumstances", lambda _, *rest: circumstances(cpu, *rest))
     monkeypatch.setattr(capacity, "free", lambda device: 2**30)
+    enabled = torch.is_autocast_enabled
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda *kind: kind != (META.type,) and enabled(*kind)
+    )
+    monkeypatch.setattr(_checks, "valued", lambda argument, x: None)
+    crossings(2, "checkpoint")  # the weights of sketches go to a device once a process
 
 
 def crossings(steps, memory="auto", solver="euler", noise=None, learned=False, **options):

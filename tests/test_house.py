@@ -31,7 +31,8 @@ FLOORS = [
     "__main__",
     "app.*",
     "integrations.*",
-    "optimization.* gradient_flow comparisons iteration",
+    "optimization.* gradient_flow iteration",
+    "comparisons differences",
     "sampling layout",
     "memory.*",
     "arguments adaptation",
@@ -45,14 +46,14 @@ FLOORS = [
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
-    "contract _checks _version",
+    "contract _checks _uncompiled _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 # Rooms that few may enter, however far below; and those which lean on little of ours.
 GUESTS = {
     "kernels.*": "ops.backends",
-    "ops.library": "ops.functional memory.store",
+    "ops.library": "ops.*",
     "ops.native": "ops.backends app.cli",
     "models.*": "app.*",
     "_version": "app.*",

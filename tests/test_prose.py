@@ -19,7 +19,7 @@ from gradsampler.integrations import cosmos
 from gradsampler.memory import Revolve, auto, files, leapfrog
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path.name for path in ROOT.glob("*.md")] + [f"docs/{p.name}" for p in ROOT.glob("docs/*")]
+PAGES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 
 
 @cache

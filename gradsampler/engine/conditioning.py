@@ -43,8 +43,7 @@ def _checked(argument: str, x: Any) -> Any:
     """A leaf of the dict as a run can take it."""
     if not isinstance(x, Tensor):
         return x
-    if x.is_meta:
-        _checks.fail(argument, "hold values", "a tensor on the device meta")
+    _checks.valued(argument, x)
     if x.requires_grad and x.dtype.is_floating_point and x.dtype not in _checks.FLOATING:
         hint = "its gradient would be a sum in that dtype: give it as torch.bfloat16"
         _checks.fail(argument, "have 16 bits or more to require grad", x.dtype, hint)

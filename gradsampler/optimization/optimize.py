@@ -129,7 +129,8 @@ def optimize(
         seen = Identity(settings)
         named = {name: {"": text} for name, text in (identity or {}).items()}
         journal = Journal(checkpoint, seen.by_argument() | named)
-        run = _Run(noise, update, RunningStatistics(seen), parts.reachable(settings).generators)
+        held = parts.reachable(settings).generators
+        run = _Run(noise, update, RunningStatistics(seen), held)
         history = run.resume(journal.load())
 
     with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
