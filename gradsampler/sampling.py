@@ -13,6 +13,7 @@ from gradsampler import memory as memories
 from gradsampler._uncompiled import uncompiled
 from gradsampler.adaptation import adapted
 from gradsampler.arguments import Denoiser
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
 from gradsampler.memory import Memory
@@ -32,8 +33,8 @@ def sample(
     prediction: str = "x0",
     noise: NoiseSource | None = None,
     churn: Churn | None = None,
-    eta: float | None = None,
-    s_noise: float = 1.0,
+    eta: Coefficient | None = None,
+    s_noise: Coefficient = 1.0,
     memory: str | Memory = "auto",
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
@@ -62,8 +63,9 @@ def sample(
         noise: the injected noise, a `gradsampler.noise` object. None injects nothing in a
             deterministic run and SignedRoll(seed=0) in a stochastic one.
         churn: raises the level before each step (Karras et al. 2022, algorithm 2).
-        eta: amount of noise of an ancestral or SDE solver; None is the solver's own default.
-        s_noise: factor of the noise of such a solver.
+        eta: amount of noise of an ancestral or SDE solver; None is the solver's own default. A 0-d
+            tensor above 0 receives its gradient.
+        s_noise: factor of the noise of such a solver; a 0-d tensor receives its gradient.
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
             "truncated:STEPS", or a `gradsampler.memory` object. "auto" keeps the activations of as
             many model calls as there is room for, and makes the others again in backward.

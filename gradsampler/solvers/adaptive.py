@@ -17,7 +17,7 @@ from gradsampler.engine.live import Live
 from gradsampler.engine.observer import NonFiniteError
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import Descent
-from gradsampler.solvers.base import Churn, Sweep
+from gradsampler.solvers.base import Churn, Sweep, check_amounts
 from gradsampler.solvers.dpm_solver import dpm_solver, inner_change, second_order, third_order
 from gradsampler.solvers.exponential import first_order
 
@@ -99,8 +99,8 @@ class DPMAdaptive(Adaptive):
     icoeff: float = 1.0
     dcoeff: float = 0.0
     accept_safety: float = 0.81
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
         if self.order not in (2, 3):
@@ -110,8 +110,7 @@ class DPMAdaptive(Adaptive):
                 _checks.fail(f"dpm_adaptive: {name}", "be positive", getattr(self, name))
         for name in ("pcoeff", "icoeff", "dcoeff", "accept_safety"):
             _checks.finite(f"dpm_adaptive: {name}", getattr(self, name))
-        _checks.finite("dpm_adaptive: eta", self.eta, 0.0)
-        _checks.finite("dpm_adaptive: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpm_adaptive", "eta", "s_noise")
 
     @property
     def ode_order(self) -> int:  # type: ignore[override]
