@@ -141,3 +141,14 @@ def finite(argument: str, x: object, least: float | None = None) -> float:
     if not math.isfinite(value) or (least is not None and value < least):
         fail(argument, f"be a finite number{bound}", x)
     return value
+
+
+def coefficient(argument: str, x: object, least: float | None = None) -> float | Tensor:
+    """Returns ``x`` if it is a finite number of at least ``least``: a float, or a 0-d float64
+    tensor on the CPU for one of any floating dtype, which may require grad.
+    """
+    if not isinstance(x, Tensor):
+        return finite(argument, x, least)
+    shape(argument, floating(argument, x), ())
+    finite(argument, x.item(), least)
+    return x.to("cpu", torch.float64)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks, solvers
+from gradsampler.elementary import Coefficient
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
@@ -34,8 +35,8 @@ def record(
     solver: str | Solver = "euler",
     prediction: str = "x0",
     churn: Churn | None = None,
-    eta: float | None = None,
-    s_noise: float = 1.0,
+    eta: Coefficient | None = None,
+    s_noise: Coefficient = 1.0,
     final_denoise: bool = False,
 ) -> tuple[Program, Parameterization]:
     """The program of a solver around a denoiser; the arguments are those of `sample`."""

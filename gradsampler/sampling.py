@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks, arguments
+from gradsampler import _checks, arguments, solvers
 from gradsampler import memory as memories
 from gradsampler._uncompiled import uncompiled
+from gradsampler.adaptation import adapted
 from gradsampler.arguments import Denoiser
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
 from gradsampler.memory import Memory
 from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
+from gradsampler.solvers.adaptive import Adaptive
 
 
 @uncompiled
@@ -30,8 +33,8 @@ def sample(
     prediction: str = "x0",
     noise: NoiseSource | None = None,
     churn: Churn | None = None,
-    eta: float | None = None,
-    s_noise: float = 1.0,
+    eta: Coefficient | None = None,
+    s_noise: Coefficient = 1.0,
     memory: str | Memory = "auto",
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
@@ -60,8 +63,9 @@ def sample(
         noise: the injected noise, a `gradsampler.noise` object. None injects nothing in a
             deterministic run and SignedRoll(seed=0) in a stochastic one.
         churn: raises the level before each step (Karras et al. 2022, algorithm 2).
-        eta: amount of noise of an ancestral or SDE solver; None is the solver's own default.
-        s_noise: factor of the noise of such a solver.
+        eta: amount of noise of an ancestral or SDE solver; None is the solver's own default. A 0-d
+            tensor above 0 receives its gradient.
+        s_noise: factor of the noise of such a solver; a 0-d tensor receives its gradient.
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
             "truncated:STEPS", or a `gradsampler.memory` object. "auto" keeps the activations of as
             many model calls as there is room for, and makes the others again in backward.
@@ -93,14 +97,30 @@ def sample(
         (torch.Size([2, 3]), True)
     """
     z0 = _checks.batched("z0", z0)
+    method = solvers.resolve(solver, eta, s_noise)
+    if isinstance(method, Adaptive):
+        if not memories.resolve(memory).any_program:
+            way_out = "take solver='midpoint_reversible'"
+            got = f"{memory!r} with {type(method).__name__}"
+            _checks.fail("memory", "run every solver where levels are chosen", got, way_out)
+        sigmas = adapted(
+            method,
+            denoiser,
+            z0,
+            sigmas,
+            prediction=prediction,
+            noise=noise,
+            churn=churn,
+            cond=cond,
+            state_dtype=state_dtype,
+            modules=modules,
+        )
     program, model = arguments.record(
         denoiser,
         sigmas,
-        solver=solver,
+        solver=method,
         prediction=prediction,
         churn=churn,
-        eta=eta,
-        s_noise=s_noise,
         final_denoise=final_denoise,
     )
     return integrate(

@@ -11,6 +11,7 @@ from gradsampler import _checks
 from gradsampler.engine import adjoint
 from gradsampler.memory import capacity
 from support.crossings import META, Crossings
+from support.runs import SOLVERS
 
 # Offload has streams of a real device.
 MEMORIES = [*sorted({*gs.memory.names()} - {"offload"}), "revolve:2", "truncated:2"]
@@ -65,7 +66,7 @@ def test_no_noise_waits(noise):
     assert crossings(4, noise=noise) == crossings(7, noise=noise) == []
 
 
-@pytest.mark.parametrize("solver", gs.solvers.names())
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_no_solver_waits(solver):
     assert crossings(4, "store", solver) == crossings(7, "store", solver) == []
 

@@ -11,11 +11,11 @@ from support.gradients import check
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels
+from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels, taking_levels
 from support.strategies import MEMORIES, memories
 from support.tiers import once, pairs
 
-FLOW_SOLVERS = gs.solvers.names(flow=True)
+FLOW_SOLVERS = taking_levels(gs.solvers.names(flow=True))
 TIMES = (0.95, 0.6, 0.35, 0.1)
 
 # Central differences at 1e-5 err by about 1e-10, from the third derivative and from rounding.

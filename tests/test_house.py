@@ -35,7 +35,7 @@ FLOORS = [
     "comparisons differences",
     "sampling layout",
     "memory.*",
-    "arguments",
+    "arguments adaptation",
     "solvers.*",
     "engine.*",
     "flow",

@@ -759,7 +759,7 @@ def test_bad_numbers_are_refused(argument, make, value, error, expected, got):
         pytest.param(
             lambda: Mixture(Philox(1), 0.3),
             ValueError,
-            ["Mixture: other", "not be independent noise itself", "got Philox(seed=1)"],
+            ["Mixture: other", "not be independent noise itself", "got Philox(seed=1"],
             id="mixture_of_two_normals",
         ),
         pytest.param(
@@ -919,8 +919,9 @@ def test_the_registry_has_every_source():
 @pytest.mark.parametrize("name", noise.names())
 def test_a_typical_source_has_no_parameter_at_its_default(name):
     typical, default = noise.typical(normal((3, 7)), 2)[name], noise.resolve(name)
-    for field in vars(default):
-        assert getattr(typical, field) != getattr(default, field)
+    for field, value in vars(default).items():
+        switch = isinstance(value, bool)  # which makes it another source, with tests of its own
+        assert switch or getattr(typical, field) != value
 
 
 def test_a_source_of_ones_own_is_registered_once(monkeypatch):

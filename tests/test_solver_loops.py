@@ -2,6 +2,7 @@
 """Solvers against their methods written out as plain loops: values, model calls and gradients."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -111,16 +112,15 @@ def loop(name, options, levels, flow, z0=Z0, noise=NOISES):
     return LOOPS[name](run, levels[0] * z0, levels, **options), run
 
 
-def sample(name, options, levels, flow, count, z0=Z0, noise=NOISES, model=None, **more):
-    return gs.sample(
+def sample(name, options, levels, flow, count, z0=Z0, noise=NOISES, model=None):
+    """Over these very levels, also if the solver would choose others."""
+    program, wrapped = gs.arguments.record(
         model or (flow_velocity if flow else MIXTURE.denoise),
-        z0,
         torch.as_tensor(levels, dtype=torch.float64),
         solver=solver(name, options),
         prediction="flow" if flow else "x0",
-        noise=noises.Given(noise[:count]) if count else None,
-        **more,
     )
+    return gs.integrate(program, wrapped, z0, noise=noises.Given(noise[:count]) if count else None)
 
 
 def holds(name, options, levels, flow):
@@ -280,3 +280,86 @@ def test_cfg_pp_keeps_the_noise_of_the_unconditional_prediction(name, flow):
 
 def test_every_loop_is_a_solver_of_that_name():
     assert set(LOOPS) <= set(solvers.names())
+
+
+AMOUNTS = {"eta": 0.6, "s_noise": 0.9}  # where no branch ends
+
+
+def amounts_of(name):
+    """What a solver that injects takes beside the levels."""
+    return {k: v for k, v in AMOUNTS.items() if k in vars(solvers.resolve(name))}
+
+
+STOCHASTIC = [name for name in sorted(LOOPS) if amounts_of(name) and name != "restart"]
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("flow", [False, True], ids=["ve", "flow"])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_gradient_to_the_amounts_of_noise_is_the_loops_difference_quotient(name, flow, memory):
+    """Also where the run ends in 0, or starts from noise alone."""
+    amounts = amounts_of(name)
+    if flow and not solver(name, amounts).flow:
+        pytest.skip("not defined in flow time")
+    levels = TIMES["from-noise-to-zero"] if flow else LEVELS["to-zero"]
+    count = loop(name, amounts, levels, flow)[1].drawn
+    expected = []
+    for key, value in amounts.items():
+        ends = [
+            (loop(name, {**amounts, key: value + h}, levels, flow)[0] * WEIGHTS).sum().item()
+            for h in (1e-5, -1e-5)
+        ]
+        expected.append((ends[0] - ends[1]) / 2e-5)
+    learned = {
+        key: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for key, value in amounts.items()
+    }
+    program, wrapped = gs.arguments.record(
+        flow_velocity if flow else MIXTURE.denoise,
+        levels,
+        solver=solver(name, learned),
+        prediction="flow" if flow else "x0",
+    )
+    x = gs.integrate(program, wrapped, Z0, noise=noises.Given(NOISES[:count]), memory=memory)
+    got = torch.autograd.grad((x * WEIGHTS).sum(), list(learned.values()))
+    assert error(torch.stack(got), torch.tensor(expected, dtype=torch.float64)) <= 1e-6
+
+
+def test_amounts_are_learned_through_sample():
+    """In 32 bits as well, and one that is 1 at first."""
+    eta = torch.tensor(0.5, requires_grad=True)
+    s_noise = torch.tensor(1.0, requires_grad=True)
+    x = gs.sample(
+        MIXTURE.denoise,
+        Z0,
+        LEVELS["to-zero"],
+        solver="euler_ancestral",
+        eta=eta,
+        s_noise=s_noise,
+        noise=noises.Given(NOISES[:4]),
+    )
+    got = torch.autograd.grad((x * WEIGHTS).sum(), [eta, s_noise])
+    expected = []
+    for key in ("eta", "s_noise"):
+        values = {"eta": 0.5, "s_noise": 1.0}
+        ends = [
+            (loop("euler_ancestral", {**values, key: values[key] + h}, LEVELS["to-zero"], False)[0])
+            for h in (1e-5, -1e-5)
+        ]
+        expected.append(((ends[0] - ends[1]) * WEIGHTS).sum().item() / 2e-5)
+    assert [g.dtype for g in got] == [torch.float32, torch.float32]
+    assert torch.stack(got).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("amount", "message"),
+    [
+        (torch.tensor(-0.5), "euler_ancestral: eta must be a finite number of at least 0.0"),
+        (torch.tensor([0.5]), "euler_ancestral: eta must have shape []"),
+        (torch.tensor(1), "euler_ancestral: eta must have a floating-point dtype"),
+        (torch.tensor(torch.nan), "euler_ancestral: eta must be a finite number"),
+    ],
+)
+def test_an_amount_that_is_no_number_is_refused(amount, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gs.sample(MIXTURE.denoise, Z0, [1.0, 0.5], solver="euler_ancestral", eta=amount)

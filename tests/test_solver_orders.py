@@ -35,6 +35,8 @@ ORDERS = [
     ("deis", {"variable": "log_rho"}, 3, 2),
     ("dpm_2", {}, 2, 2),
     ("dpm_2_ancestral", {"eta": 0.0}, 2, 2),
+    ("dpm_adaptive", {}, 3, 3),  # of its steps, here all accepted
+    ("dpm_adaptive", {"order": 2}, 2, 2),
     ("dpm_fast", {}, 2, 2),
     ("dpmpp_2m", {}, 2, 2),
     ("dpmpp_2m_cfg_pp", {}, 2, 2),
@@ -146,14 +148,10 @@ def measured(name, options, flow):
     counts = COUNTS.get(name, [64, 128, 256])
     errors = []
     for n in counts:
-        x = gs.sample(
-            model,
-            START,
-            levels(n, flow),
-            solver=solver(name, options),
-            prediction=prediction,
-            noise=noises.Off(),
+        program, wrapped = gs.arguments.record(
+            model, levels(n, flow), solver=solver(name, options), prediction=prediction
         )
+        x = gs.integrate(program, wrapped, START, noise=noises.Off())
         errors.append(error(x, solution(flow)))
     return fitted(counts, errors)
 
@@ -202,6 +200,7 @@ WEAK = [
     ("ddim", {"eta": 0.6}, 0.36, 1),
     ("ddpm", {}, 1.0, 1),
     ("dpm_2_ancestral", {"eta": 0.6}, 0.36, 1),
+    ("dpm_adaptive", {"eta": 0.6}, 0.36, 1),
     ("dpm_fast", {"eta": 0.6}, 0.36, 1),
     ("dpmpp_2m_sde", {"eta": 0.6}, 0.6, 2),
     ("dpmpp_2m_sde", {}, 1.0, 2),

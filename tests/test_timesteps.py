@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 import gradsampler as gs
 from support.problems import Gaussian, normal
+from support.runs import SOLVERS
 
 F64 = torch.float64
 ABAR = torch.linspace(0.999, 0.02, 60, dtype=F64)
@@ -171,7 +172,7 @@ def test_flow_time_one_in_ve_coordinates_is_flow_time_one():
     torch.testing.assert_close(got, native, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", gs.solvers.names())
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_goes_on_from_noise_alone(solver):
     z0, upper = normal(2, 3).requires_grad_(), torch.tensor(TO, dtype=F64, requires_grad=True)
     sigmas = torch.cat([torch.tensor([math.inf], dtype=F64), upper, torch.zeros(1, dtype=F64)])

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ class NoiseSource(ABC):
     def of_z0(self) -> bool:
         """Whether the noise is a function of z0, so that a gradient to it is to be expected."""
         return True
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the noise depends on how many steps the run has."""
+        return False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -162,6 +167,10 @@ class SinCos(NoiseSource):
         for name in ("scale_gain", "phase_rate", "sin_amp", "cos_amp"):
             _checks.finite(f"SinCos: {name}", getattr(self, name))
 
+    @property
+    def needs_length(self) -> bool:
+        return self.scale_gain != 0
+
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)
         phase = z * (self.phase_rate * step) + GOLDEN_ANGLE * draw
@@ -233,9 +242,18 @@ class Philox(NoiseSource):
     """Independent standard normal noise from (seed, step, draw, global element index).
 
     It carries no gradient to z0. The same call gives the same noise, so backward regenerates it.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        consistent: makes the noises of a run the increments of one Brownian path, in the index of
+            the step as its time: a run with twice the steps then refines the path, and two of its
+            noises sum to sqrt(2) times the one of the coarser run that they are in the place of.
+            For schedules that are one function of i/N, such as `schedules.karras`.
     """
 
     seed: int = 0
+    consistent: bool = False
+    _draws: ClassVar[int] = 1  # of each step; a run sets it, as a step's noises are its parts
 
     def __post_init__(self) -> None:
         _check_seed("Philox", self.seed)
@@ -244,16 +262,51 @@ class Philox(NoiseSource):
     def of_z0(self) -> bool:
         return False
 
+    @property
+    def needs_length(self) -> bool:
+        return self.consistent
+
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
-        counter = philox.counter(step, draw)
+        if not self.consistent:
+            return self._normal(z0, philox.counter(step, draw))
+        terms = self._increments(step, num_steps, draw)
+        return sum((weight * self._normal(z0, n) for n, weight in terms), torch.zeros_like(z0))
+
+    def _normal(self, z0: Tensor, counter: int) -> Tensor:
         return philox.normals(z0.numel(), counter, self.seed, z0.dtype, z0.device).view(z0.shape)
+
+    def _increments(self, step: int, num_steps: int, draw: int) -> list[tuple[int, float]]:
+        """The noise as numbered normals and their weights.
+
+        Lévy's construction: the increments over an odd number of intervals are normals of their
+        own, and each is halved as often as there are factors of 2, by adding a normal to one half
+        and subtracting it from the other.
+        """
+        if draw >= self._draws:
+            _checks.fail("Philox: draw", f"be below {self._draws}, a step's number of draws", draw)
+        place, count = step * self._draws + draw, num_steps * self._draws
+        terms, weight = [], 1.0
+        while count % 2 == 0:
+            place, second, count = place // 2, place % 2, count // 2
+            weight *= math.sqrt(0.5)
+            terms.append((count + place, -weight if second else weight))
+        return [(place, weight), *terms]
 
     def transpose(
         self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
     ) -> Cotangent:
         return Cotangent(None, {})
 
+    def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> NoiseSource:
+        if not self.consistent:
+            return self
+        fitted = Philox(self.seed, consistent=True)
+        object.__setattr__(fitted, "_draws", max((draw + 1 for _, draw in injected), default=1))
+        return fitted
+
     def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        if self.consistent:
+            return None  # several normals
         return Draw(OFF, philox.counter(step, draw), normal=1.0, normal_seed=self.seed)
 
 
@@ -280,6 +333,10 @@ class Mixture(NoiseSource):
     @property
     def of_z0(self) -> bool:
         return self.other.of_z0
+
+    @property
+    def needs_length(self) -> bool:
+        return self.other.needs_length
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -340,6 +397,10 @@ class Given(NoiseSource):
 
     def __repr__(self) -> str:
         return f"Given({len(self._tensors)} tensors)"
+
+    @property
+    def needs_length(self) -> bool:
+        return True
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

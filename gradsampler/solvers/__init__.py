@@ -5,9 +5,13 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+from torch import Tensor
+
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Recorder
 from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
+from gradsampler.solvers.adaptive import Adaptive, DPMAdaptive
 from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
 from gradsampler.solvers.cfg_pp import (
@@ -39,9 +43,11 @@ __all__ = [
     "ERSDE",
     "IPNDM",
     "LMS",
+    "Adaptive",
     "Churn",
     "Consistency",
     "DPM2Ancestral",
+    "DPMAdaptive",
     "DPMFast",
     "DPMpp2M",
     "DPMpp2MCFGpp",
@@ -85,6 +91,7 @@ _REGISTRY: dict[str, Callable[[], Solver]] = {
     "deis": DEIS,
     "dpm_2": DPM2,
     "dpm_2_ancestral": DPM2Ancestral,
+    "dpm_adaptive": DPMAdaptive,
     "dpm_fast": DPMFast,
     "dpmpp_2m": DPMpp2M,
     "dpmpp_2m_cfg_pp": DPMpp2MCFGpp,
@@ -140,12 +147,14 @@ def register(name: str, solver: Callable[[], Solver]) -> None:
     _REGISTRY[name] = solver
 
 
-def resolve(solver: str | Solver, eta: float | None = None, s_noise: float = 1.0) -> Solver:
+def resolve(
+    solver: str | Solver, eta: Coefficient | None = None, s_noise: Coefficient = 1.0
+) -> Solver:
     """The solver object for a name or an object, with ``eta`` and ``s_noise`` set where given."""
     if not isinstance(solver, Solver):
         solver = _REGISTRY[_checks.choice("solver", solver, _REGISTRY, SPELLINGS)]()
     given = {} if eta is None else {"eta": eta}
-    if s_noise != 1.0:
+    if isinstance(s_noise, Tensor) or s_noise != 1.0:
         given["s_noise"] = s_noise
     for name, value in given.items():
         if name not in getattr(solver, "__dataclass_fields__", {}):

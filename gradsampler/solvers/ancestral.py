@@ -4,11 +4,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from gradsampler import _checks
 from gradsampler.coordinates import FlowTime
 from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import at_an_end, first_order, predicted_between
 from gradsampler.solvers.heun import geometric_midpoint
 
@@ -58,6 +57,11 @@ class Descent(NamedTuple):
         variance = square(t) - square(gain * down)
         return cls(down, gain, sqrt(variance) if variance > 0 else None)
 
+    def above(self, run: Recorder, lowest: Coefficient, t: Coefficient) -> "Descent":
+        """The same, going down no further than to ``lowest``."""
+        deep = self.up is not None and bool(self.down < lowest)
+        return Descent.reaching(run, lowest, t) if deep else self
+
     def ascended(self, run: Recorder, x: Affine, s_noise: Coefficient) -> Affine:
         """The state x at the level ``down``, brought up."""
         return x if self.up is None else self.gain * x + s_noise * self.up * run.noise()
@@ -76,12 +80,11 @@ class EulerAncestral(Solver):
     flow = True
     ode_order = 1
     weak_order = 1
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("euler_ancestral: eta", self.eta, 0.0)
-        _checks.finite("euler_ancestral: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "euler_ancestral", "eta", "s_noise")
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -103,12 +106,11 @@ class DPM2Ancestral(Solver):
     flow = True
     ode_order = 2
     weak_order = 1
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("dpm_2_ancestral: eta", self.eta, 0.0)
-        _checks.finite("dpm_2_ancestral: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpm_2_ancestral", "eta", "s_noise")
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -133,12 +135,11 @@ class DPMpp2SAncestral(Solver):
     flow = True
     ode_order = 2
     weak_order = 1
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("dpmpp_2s_ancestral: eta", self.eta, 0.0)
-        _checks.finite("dpmpp_2s_ancestral: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpmpp_2s_ancestral", "eta", "s_noise")
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)

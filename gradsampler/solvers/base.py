@@ -136,3 +136,10 @@ class Sweep(Solver):
     def steps(
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
     ) -> Affine: ...
+
+
+def check_amounts(solver: Solver, owner: str, *names: str) -> None:
+    """Checks fields that are factors of noise, and holds those that are tensors in float64."""
+    for name in names:
+        amount = _checks.coefficient(f"{owner}: {name}", getattr(solver, name), 0.0)
+        object.__setattr__(solver, name, amount)

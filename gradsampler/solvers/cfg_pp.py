@@ -14,7 +14,7 @@ from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Denoised, Recorder
 from gradsampler.solvers.adams import latest
 from gradsampler.solvers.ancestral import Descent
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import (
     at_an_end,
     earlier,
@@ -42,12 +42,11 @@ class EulerCFGpp(Solver):
     flow = True
     ode_order = 1
     weak_order = 1
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("euler_cfg_pp: eta", self.eta, 0.0)
-        _checks.finite("euler_cfg_pp: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "euler_cfg_pp", "eta", "s_noise")
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -94,12 +93,11 @@ class DPMpp2SAncestralCFGpp(Solver):
     flow = True
     ode_order = 2
     weak_order = 1
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("dpmpp_2s_ancestral_cfg_pp: eta", self.eta, 0.0)
-        _checks.finite("dpmpp_2s_ancestral_cfg_pp: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpmpp_2s_ancestral_cfg_pp", "eta", "s_noise")
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         _, denoised = run.denoise(x, s)
@@ -123,12 +121,11 @@ class ResMultistepCFGpp(Solver):
     flow = True
     ode_order = 2
     weak_order = 1
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("res_multistep_cfg_pp: eta", self.eta, 0.0)
-        _checks.finite("res_multistep_cfg_pp: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "res_multistep_cfg_pp", "eta", "s_noise")
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]

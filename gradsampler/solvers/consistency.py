@@ -7,7 +7,7 @@ from typing import ClassVar
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Consistency(Solver):
 
     stochastic: ClassVar[bool] = True
     sigma_min: float = 0.0
-    s_noise: float = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
         _checks.finite("lcm: sigma_min", self.sigma_min, 0.0)
-        _checks.finite("lcm: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "lcm", "s_noise")
 
     @property
     def flow(self) -> bool:  # type: ignore[override]

@@ -15,7 +15,7 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient, exp, expm1, sqrt
 from gradsampler.engine.program import Affine, Denoised, Recorder
 from gradsampler.solvers.adams import check_order
-from gradsampler.solvers.base import Churn, Sweep
+from gradsampler.solvers.base import Churn, Sweep, check_amounts
 from gradsampler.solvers.exponential import (
     at_an_end,
     earlier,
@@ -138,8 +138,8 @@ class SASolver(Sweep):
 
     stochastic: ClassVar[bool] = True
     flow = True
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
     s_tmin: float = 0.0
     s_tmax: float = math.inf
     predictor_order: int = 3
@@ -148,8 +148,7 @@ class SASolver(Sweep):
     simple_order_2: bool = False
 
     def __post_init__(self) -> None:
-        _checks.finite("sa_solver: eta", self.eta, 0.0)
-        _checks.finite("sa_solver: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "sa_solver", "eta", "s_noise")
         _checks.finite("sa_solver: s_tmin", self.s_tmin, 0.0)
         if not self.s_tmax >= self.s_tmin:
             _checks.fail("sa_solver: s_tmax", f"be at least s_tmin = {self.s_tmin}", self.s_tmax)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, sqrt, square
+from gradsampler.elementary import Coefficient, as_float, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import epsilon, renoising_step
 
 
@@ -28,13 +28,13 @@ class DDIM(Solver):
     flow = True
     ode_order = 1
     weak_order = 1
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        if _checks.finite("ddim: eta", self.eta, 0.0) > 1:
-            _checks.fail("ddim: eta", "be at most 1", self.eta)
-        _checks.finite("ddim: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "ddim", "eta", "s_noise")
+        if self.eta > 1:
+            _checks.fail("ddim: eta", "be at most 1", as_float(self.eta))
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -53,11 +53,11 @@ class DDPM(Solver):
     stochastic: ClassVar[bool] = True
     weak_order = 1
     variance: str = "fixed_small"
-    s_noise: float = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
         _checks.choice("ddpm: variance", self.variance, ("fixed_small", "fixed_large"))
-        _checks.finite("ddpm: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "ddpm", "s_noise")
 
     @property
     def flow(self) -> bool:  # type: ignore[override]

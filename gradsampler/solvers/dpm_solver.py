@@ -9,7 +9,7 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient, expm1
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import Descent
-from gradsampler.solvers.base import Churn, Sweep
+from gradsampler.solvers.base import Churn, Sweep, check_amounts
 from gradsampler.solvers.exponential import at_an_end, epsilon, first_order, phi2
 
 
@@ -82,14 +82,13 @@ class DPMFast(Sweep):
     ode_order = 2
     weak_order = 1
     evaluations: int | None = None
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
         if self.evaluations is not None:
             _checks.integer("dpm_fast: evaluations", self.evaluations, 1)
-        _checks.finite("dpm_fast: eta", self.eta, 0.0)
-        _checks.finite("dpm_fast: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpm_fast", "eta", "s_noise")
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
@@ -114,9 +113,7 @@ class DPMFast(Sweep):
         for i, (s, t) in enumerate(pairwise(levels)):
             run.step = start + i
             noise, s = churn.raised(run, s)
-            descent = Descent.of(run, s, t, self.eta)
-            if descent.up is not None and descent.down < positive[-1]:
-                descent = Descent.reaching(run, positive[-1], t)
+            descent = Descent.of(run, s, t, self.eta).above(run, positive[-1], t)
             x = dpm_solver(run, x + noise, s, descent.down, orders[i])
             x = descent.ascended(run, x, self.s_noise)
         return x

@@ -7,7 +7,7 @@ from typing import ClassVar
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, sqrt
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import (
     at_an_end,
     earlier,
@@ -50,13 +50,12 @@ class DPMpp2MSDE(Solver):
     flow = True
     ode_order = 2
     weak_order = 2
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
     variant: str = "midpoint"
 
     def __post_init__(self) -> None:
-        _checks.finite("dpmpp_2m_sde: eta", self.eta, 0.0)
-        _checks.finite("dpmpp_2m_sde: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpmpp_2m_sde", "eta", "s_noise")
         _checks.choice("dpmpp_2m_sde: variant", self.variant, ("midpoint", "heun"))
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
@@ -91,12 +90,11 @@ class DPMpp3MSDE(Solver):
     flow = True
     ode_order = 2
     weak_order = 2
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("dpmpp_3m_sde: eta", self.eta, 0.0)
-        _checks.finite("dpmpp_3m_sde: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpmpp_3m_sde", "eta", "s_noise")
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -135,14 +133,13 @@ class DPMppSDE(Solver):
     flow = True
     ode_order = 2
     weak_order = 1
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
     r: float = 0.5
     independent: bool = False
 
     def __post_init__(self) -> None:
-        _checks.finite("dpmpp_sde: eta", self.eta, 0.0)
-        _checks.finite("dpmpp_sde: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "dpmpp_sde", "eta", "s_noise")
         if not 0 < _checks.finite("dpmpp_sde: r", self.r) < 1:
             _checks.fail("dpmpp_sde: r", "lie between 0 and 1", self.r)
 

@@ -9,7 +9,7 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient, exp, log, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.adams import check_order
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import at_an_end, earlier, reverse_sde_step
 from gradsampler.solvers.interpolation import integral
 
@@ -36,12 +36,12 @@ class ERSDE(Solver):
     stochastic: ClassVar[bool] = True
     flow = True
     order: int = 3
-    s_noise: float = 1.0
+    s_noise: Coefficient = 1.0
     phi: Callable[[Coefficient], Coefficient] = er_sde_5
 
     def __post_init__(self) -> None:
         check_order("er_sde", self.order, 3)
-        _checks.finite("er_sde: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "er_sde", "s_noise")
         if not callable(self.phi):
             _checks.fail_type("er_sde: phi", "be callable as phi(rho)", self.phi)
 

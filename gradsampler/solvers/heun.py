@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gradsampler import _checks
 from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Churn, Solver, Sweep
+from gradsampler.solvers.base import Churn, Solver, Sweep, check_amounts
 from gradsampler.solvers.exponential import first_order
 
 
@@ -44,10 +43,10 @@ class Restart(Heun):
     """
 
     monotone = False
-    s_noise: float = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("restart: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "restart", "s_noise")
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         if t <= s:

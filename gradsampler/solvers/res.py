@@ -4,11 +4,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradsampler import _checks
 from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import Descent
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import (
     at_an_end,
     earlier,
@@ -125,12 +124,11 @@ class ResMultistep(Solver):
     flow = True
     ode_order = 2
     weak_order = 1
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("res_multistep: eta", self.eta, 0.0)
-        _checks.finite("res_multistep: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "res_multistep", "eta", "s_noise")
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]

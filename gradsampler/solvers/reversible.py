@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gradsampler import _checks
 from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import ancestral_levels
-from gradsampler.solvers.base import Churn, Sweep
+from gradsampler.solvers.base import Churn, Sweep, check_amounts
 
 
 @dataclass(frozen=True)
@@ -34,21 +33,20 @@ class MidpointReversible(Sweep):
     ode_order = 2
     weak_order = 1
 
-    eta: float = 0.0
-    s_noise: float = 1.0
+    eta: Coefficient = 0.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("midpoint_reversible: eta", self.eta, 0.0)
-        _checks.finite("midpoint_reversible: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "midpoint_reversible", "eta", "s_noise")
 
     # Both follow from eta here, where other solvers have a constant of the class.
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
-        return self.eta > 0
+        return bool(self.eta > 0)
 
     @property
     def flow(self) -> bool:  # type: ignore[override]
-        return self.eta == 0  # ancestral noise is that of VE coordinates
+        return bool(self.eta == 0)  # ancestral noise is that of VE coordinates
 
     def steps(
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn

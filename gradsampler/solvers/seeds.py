@@ -11,7 +11,7 @@ from typing import ClassVar
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, exp, expm1, sqrt
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Solver, check_amounts
 from gradsampler.solvers.exponential import at_an_end, phi, reverse_sde_step
 
 
@@ -72,13 +72,12 @@ class Seeds2(Solver):
     flow = True
     ode_order = 2
     weak_order = 2
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
     r: float = 0.5
 
     def __post_init__(self) -> None:
-        _checks.finite("seeds_2: eta", self.eta, 0.0)
-        _checks.finite("seeds_2: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "seeds_2", "eta", "s_noise")
         if not 0 < _checks.finite("seeds_2: r", self.r) < 1:
             _checks.fail("seeds_2: r", "lie between 0 and 1", self.r)
 
@@ -106,14 +105,13 @@ class Seeds3(Solver):
     flow = True
     ode_order = 3
     weak_order = 2
-    eta: float = 1.0
-    s_noise: float = 1.0
+    eta: Coefficient = 1.0
+    s_noise: Coefficient = 1.0
     r_1: float = 1 / 3
     r_2: float = 2 / 3
 
     def __post_init__(self) -> None:
-        _checks.finite("seeds_3: eta", self.eta, 0.0)
-        _checks.finite("seeds_3: s_noise", self.s_noise, 0.0)
+        check_amounts(self, "seeds_3", "eta", "s_noise")
         r_1, r_2 = (_checks.finite(f"seeds_3: {k}", getattr(self, k)) for k in ("r_1", "r_2"))
         if not 0 < r_1 < r_2 < 1:
             _checks.fail("seeds_3: r_1, r_2", "rise between 0 and 1", f"{r_1} and {r_2}")

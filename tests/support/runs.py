@@ -6,7 +6,13 @@ import torch
 
 import gradsampler as gs
 
-SOLVERS = gs.solvers.names()
+
+def taking_levels(names):
+    """Those of the solvers that step over the levels which they are given."""
+    return [n for n in names if not isinstance(gs.solvers.resolve(n), gs.solvers.Adaptive)]
+
+
+SOLVERS = taking_levels(gs.solvers.names())
 LEVELS = (3.0, 1.3, 0.7, 0.3)  # N = 3
 ABAR = torch.tensor([0.98, 0.8, 0.5, 0.2, 0.03], dtype=torch.float64)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsampler import _checks, arguments
 from gradsampler.arguments import Denoiser
+from gradsampler.elementary import Coefficient
 from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.capacity import readable
@@ -99,8 +100,8 @@ def plan(
     prediction: str = "x0",
     noise: NoiseSource | None = None,
     churn: Churn | None = None,
-    eta: float | None = None,
-    s_noise: float = 1.0,
+    eta: Coefficient | None = None,
+    s_noise: Coefficient = 1.0,
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
     state_dtype: torch.dtype | None = None,

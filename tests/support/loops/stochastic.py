@@ -145,16 +145,26 @@ def lcm(run, x, levels, sigma_min=0.0, s_noise=1.0):
 
 
 def dpm_fast(run, x, levels, evaluations=None, eta=0.0, s_noise=1.0):
-    """Algorithms 1 and 2 of arXiv 2206.00927 on noise predictions, with ancestral noise."""
-    positive = [u for u in levels if u > 0]
-    m = len(positive) - 1
+    """Orders 3, ..., 3, and those that use up the evaluations."""
+    m = len([u for u in levels if u > 0]) - 1
     total = evaluations if evaluations is not None else (3 * m - 3 if m > 1 else m)
     rest = [2, 1] if total % 3 == 0 else [total % 3]
     orders = [3] * (m - len(rest)) + rest
-    for order, (s, t) in zip([*orders[:m], 1], pairwise(levels), strict=False):
+    return dpm_solvers(run, x, levels, [*orders[:m], 1], eta, s_noise)
+
+
+def dpm_single(run, x, levels, order=3, eta=0.0, s_noise=1.0, **_):
+    """The accepted steps of the adaptive method."""
+    return dpm_solvers(run, x, levels, [order] * len(levels), eta, s_noise)
+
+
+def dpm_solvers(run, x, levels, orders, eta, s_noise):
+    """Algorithms 1 and 2 of arXiv 2206.00927 on noise predictions, with ancestral noise."""
+    lowest = [u for u in levels if u > 0][-1]
+    for order, (s, t) in zip(orders, pairwise(levels), strict=False):
         down, gain, up = ancestral(run, s, t, eta)
-        if up > 0 and down < positive[-1]:
-            down = positive[-1]
+        if up > 0 and down < lowest:
+            down = lowest
             gain = run.alpha(t) / run.alpha(down)
             up = math.sqrt(max(t**2 - gain**2 * down**2, 0.0)) if t > down else 0.0
         clean = run.denoise(x, s)
@@ -189,6 +199,7 @@ def dpm_fast(run, x, levels, evaluations=None, eta=0.0, s_noise=1.0):
 
 
 LOOPS = {
+    "dpm_adaptive": dpm_single,
     "dpm_fast": dpm_fast,
     "dpmpp_sde": dpmpp_sde,
     "er_sde": er_sde,
