@@ -34,7 +34,7 @@ bench-memory: $(VENV)/.tested
 
 # Without isolation: the extension is built against the torch of this environment.
 dist: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet build "setuptools>=77"
+	$(BIN)/python -m pip install --quiet build ninja "setuptools>=77.0.1"
 	GRADSAMPLER_REQUIRE_EXT=1 $(BIN)/python -m build --no-isolation
 
 # The extension's tests under AddressSanitizer and UBSan, in a copy of the tree: the build here stays.

@@ -8,8 +8,11 @@ GRADSAMPLER_CXXFLAGS is added to compiler and linker, for sanitizers.
 """
 
 import os
+import platform
+import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -61,21 +64,45 @@ def _files(*patterns):
     return sorted(str(p.relative_to(HERE)) for pattern in patterns for p in HERE.glob(pattern))
 
 
-def _cuda_archs(torch):
-    """What to compile CUDA for, or None: under a CUDA torch with nvcc only."""
-    from torch.utils.cpp_extension import CUDA_HOME
+def _toolkit(torch):
+    """The folder of the CUDA toolkit, or None: under a CUDA torch with nvcc only."""
+    if torch.version.cuda is None:
+        return None
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named is None:
+        # torch takes the folder above that of nvcc, which may be a script that runs another one.
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        command = [nvcc, "-dryrun", "-E", "-x", "cu", os.devnull]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+        except OSError:
+            return None
+        top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+        named = os.path.realpath(top[1]) if top else os.path.dirname(os.path.dirname(nvcc))
+    return Path(named) if (Path(named) / "bin" / "nvcc").exists() else None
 
-    if torch.version.cuda is None or CUDA_HOME is None:
-        return None
-    if not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        return None
-    return os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+
+def _cudart(torch, toolkit):
+    """The CUDA runtime to link: torch's own where a wheel brought it, by its path.
+
+    Such a wheel has no libcudart.so, which -lcudart would look for, and toolkits differ in whether
+    lib64 is there.
+    """
+    major = torch.version.cuda.split(".")[0]
+    packages = Path(torch.__file__).parents[1]
+    found = sorted(packages.glob(f"nvidia/*/lib/libcudart.so.{major}"))
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        found += [toolkit / folder / "libcudart.so", toolkit / folder / f"libcudart.so.{major}"]
+    return next((str(path) for path in found if path.exists()), None)
 
 
 def _extension(torch):
+    toolkit = _toolkit(torch)
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = str(toolkit)  # read as the next line imports it
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    archs = _cuda_archs(torch)
+    archs = toolkit and os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
     extra = os.environ.get("GRADSAMPLER_CXXFLAGS", "").split()
     facts = [f'-DGS_BUILD_TORCH="{torch.__version__}"', f'-DGS_CUDA_ARCHS="{archs or ""}"']
     host = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
@@ -88,7 +115,12 @@ def _extension(torch):
         files += _files("csrc/ops_cuda.cpp", "csrc/cuda/*.cu")
         flags["cxx"] += ["-DUSE_CUDA", "-DGS_WITH_CUDA"]
         flags["nvcc"] = ["-std=c++20", "-O3", "-DUSE_CUDA", TARGET]
-    return kind("gradsampler._C", files, extra_compile_args=flags, extra_link_args=extra)
+    extension = kind("gradsampler._C", files, extra_compile_args=flags, extra_link_args=extra)
+    runtime = archs and _cudart(torch, toolkit)
+    if runtime:
+        extension.libraries.remove("cudart")
+        extension.extra_objects.append(runtime)
+    return extension
 
 
 def _builder(torch):
@@ -111,6 +143,8 @@ def _builder(torch):
             else:
                 _reason_file(self).unlink(missing_ok=True)
 
+    if shutil.which("ninja") is None:  # an environment's own, where its folder is not on the PATH
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
     return Build.with_options(use_ninja=shutil.which("ninja") is not None)
 
 

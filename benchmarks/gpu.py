@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import gradsampler as gs
-from gradsampler.noise.sources import Draw
+from gradsampler.contract import Draw
 from gradsampler.ops import backends, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

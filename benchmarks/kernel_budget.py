@@ -11,34 +11,29 @@ below that number is bound by memory.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from gradsampler.contract import GIVEN, MAX_TERMS, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.kernels import adjoint, ancestral, flow_pair, launch, leap, step
-from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+from support import absent_gpu
+from support.absent_gpu import TARGETS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_WARPS = 4  # Triton's default, which the launchers leave alone
 
@@ -83,10 +78,10 @@ def _draw(noise: str, dtype: torch.dtype) -> Draw | None:
     return draw
 
 
-def _step_fwd(noise: str, dtype: torch.dtype) -> int:
+def _step_fwd(terms: int, noise: str, dtype: torch.dtype) -> int:
     x = torch.empty(SHAPE, dtype=dtype)
-    step.step_fwd([x, x], [0.5, 0.5], x, _draw(noise, dtype), 0.7)
-    return (3 if noise in ("off", "philox") else 4) * x.itemsize
+    step.step_fwd([x] * terms, [0.5] * terms, x, _draw(noise, dtype), 0.7)
+    return (terms + (1 if noise in ("off", "philox") else 2)) * x.itemsize
 
 
 def _step_fwd_model_in(noise: str, dtype: torch.dtype) -> int:
@@ -97,19 +92,20 @@ def _step_fwd_model_in(noise: str, dtype: torch.dtype) -> int:
     return 3 * x.itemsize + 2 * d.itemsize
 
 
-def _step_bwd(noise: str, dtype: torch.dtype) -> int:
+def _step_bwd(terms: int, noise: str, dtype: torch.dtype) -> int:
     x = torch.empty(SHAPE, dtype=dtype)
     dz0 = None if noise == "off" else x
-    step.step_bwd(x, [x, x], [0.5, 0.5], x, _draw(noise, dtype), 0.7, dz0=dz0,
-                  needs_terms=[True, True])  # fmt: skip
-    return {"off": 3, "sincos": 6, "signed_roll": 5}[noise] * x.itemsize
+    step.step_bwd(x, [x] * terms, [0.5] * terms, x, _draw(noise, dtype), 0.7, dz0=dz0,
+                  needs_terms=[True] * terms)  # fmt: skip
+    return (terms + {"off": 1, "sincos": 4, "signed_roll": 3}[noise]) * x.itemsize
 
 
-def _adjoint_step(noise: str, dtype: torch.dtype) -> int:
-    x = torch.empty(SHAPE, dtype=dtype)
+def _adjoint_step(terms: int, noise: str, dtype: torch.dtype) -> int:
+    x, own = torch.empty(SHAPE, dtype=dtype), terms - 1  # and the model's gradient
     dz0 = None if noise == "off" else x
-    adjoint.adjoint_step([x], [0.5], x, 0.5, [0.0, 0.5], x, _draw(noise, dtype), 0.7, dz0)
-    return {"off": 4, "sincos": 7, "signed_roll": 6}[noise] * x.itemsize
+    adjoint.adjoint_step([x] * own, [0.5] * own, x, 0.5, [0.5] * terms, x, _draw(noise, dtype),
+                         0.7, dz0)  # fmt: skip
+    return (terms + {"off": 2, "sincos": 5, "signed_roll": 4}[noise]) * x.itemsize
 
 
 def _leap(integers: torch.dtype, noise: str, dtype: torch.dtype) -> int:
@@ -152,10 +148,13 @@ def _flow_pair_bwd(noise: str, dtype: torch.dtype) -> int:
 
 
 CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
-    ("step_fwd", _step_fwd, tuple(DRAWS)),
+    ("step_fwd", partial(_step_fwd, 2), tuple(DRAWS)),
     ("step_fwd+model_in", _step_fwd_model_in, ("sincos", "signed_roll")),
-    ("step_bwd", _step_bwd, ("off", "sincos", "signed_roll")),
-    ("adjoint_step", _adjoint_step, ("off", "sincos", "signed_roll")),
+    ("step_bwd", partial(_step_bwd, 2), ("off", "sincos", "signed_roll")),
+    ("adjoint_step", partial(_adjoint_step, 2), ("off", "sincos", "signed_roll")),
+    (f"step_fwd {MAX_TERMS} terms", partial(_step_fwd, MAX_TERMS), ("sincos", "philox+sincos")),
+    (f"step_bwd {MAX_TERMS} terms", partial(_step_bwd, MAX_TERMS), ("sincos",)),
+    (f"adjoint_step {MAX_TERMS} terms", partial(_adjoint_step, MAX_TERMS), ("sincos",)),
     ("leap int32", partial(_leap, torch.int32), ("off", "sincos", "signed_roll", "philox")),
     ("leap int64", partial(_leap, torch.int64), ("off", "sincos", "signed_roll", "philox")),
     ("ancestral_step_fwd", _ancestral_step_fwd, ("given",)),
@@ -163,80 +162,6 @@ CASES: list[tuple[str, Callable[[str, torch.dtype], int], tuple[str, ...]]] = [
     ("flow_pair_fwd", _flow_pair_fwd, ("given", "philox")),
     ("flow_pair_bwd", _flow_pair_bwd, ("given",)),
 ]
-KERNELS = [
-    step.step_fwd_kernel,
-    step.step_bwd_kernel,
-    adjoint.adjoint_step_kernel,
-    leap.leap_kernel,
-    ancestral.ancestral_step_fwd_kernel,
-    ancestral.ancestral_step_bwd_kernel,
-    flow_pair.flow_pair_fwd_kernel,
-    flow_pair.flow_pair_bwd_kernel,
-]
-
-
-class Launch(NamedTuple):
-    """A launch of a kernel, by the names of its arguments."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, Any]  # of the compiler
-
-
-@contextlib.contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Collects every launch instead of launching."""
-    launches: list[Launch] = []
-
-    def recorder(kernel: Any) -> Callable[..., None]:
-        def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-            bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            arguments = {name: bound.pop(name) for name in kernel.arg_names}
-            launches.append(Launch(kernel, arguments, bound))
-
-        return run
-
-    for kernel in KERNELS:
-        kernel.run = recorder(kernel)
-    try:
-        yield launches
-    finally:
-        for kernel in KERNELS:
-            del kernel.run
-
-
-POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
-    """The variant of ``kernel`` that a launch with these arguments would compile."""
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def describe(x: Any, path: tuple[int, ...], specialise: bool, constexpr: bool) -> Any:
-        if isinstance(x, tuple) and not constexpr:
-            # Triton specialises what is in a tuple whatever it was told.
-            return tuple(describe(y, (*path, i), True, False) for i, y in enumerate(x))
-        if constexpr or x is None or (specialise and isinstance(x, int) and x == 1):
-            constants[path] = x
-            return "constexpr"
-        if specialise and not isinstance(x, float) and (isinstance(x, torch.Tensor) or x % 16 == 0):
-            attributes[path] = [["tt.divisibility", 16]]
-        if isinstance(x, torch.Tensor):
-            return POINTERS[x.dtype]
-        return "fp32" if isinstance(x, float) else "i32"
-
-    signature = {
-        p.name: describe(arguments[p.name], (i,), not p.do_not_specialize, p.is_constexpr)
-        for i, p in enumerate(kernel.params)
-    }
-    return ASTSource(kernel, signature, constants, attributes)
 
 
 def _nvidia(compiled: Any) -> tuple[int, int, int, list[str]]:
@@ -288,16 +213,14 @@ def measure(name: str, arch: str, dtype: str, noise: str, run: Callable[..., int
     """Compiles one case for one architecture and reads its machine code."""
     target = TARGETS[arch]
     launch.WARP = target.warp_size
-    with recorded_launches() as launches:
+    with absent_gpu.recorded() as calls:
         traffic = run(noise, DTYPES[dtype])
-    ((kernel, arguments, options),) = launches
-    compiled = triton.compile(
-        source(kernel, arguments), target=target, options={"num_warps": NUM_WARPS, **options}
-    )
+    (call,) = calls
+    compiled = absent_gpu.compiled(call, arch)
     registers, stack, spills, code = (_amd if target.backend == "hip" else _nvidia)(compiled)
     loads = [_width(c) for c in code if re.match(r"LDG|(global|buffer)_load", c)]
     stores = [_width(c) for c in code if re.match(r"STG|(global|buffer)_store", c)]
-    elements = arguments["BLOCK"] / (NUM_WARPS * target.warp_size)
+    elements = call.options["BLOCK"] / (NUM_WARPS * target.warp_size)
     return Row(
         name, arch, dtype, noise, registers, stack, spills, min(loads, default=0), min(stores),
         round(len(code) / elements, 2), traffic, round(traffic * LANE_INSTRUCTIONS_A_BYTE, 1),

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -22,11 +21,10 @@ import rows
 import timing
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
+from gradsampler.memory.planning.gauge import Live
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (16, 64, 256, 1024)
@@ -104,35 +102,6 @@ def methods(folder: str) -> dict[str, Gradient]:
         "revolve:8": ours("revolve:8"),
         "reversible": ours("reversible", "midpoint_reversible"),
     }
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.device.type == DEVICE:
-                self._count(x.untyped_storage())
-        return result
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 def resident(field: str) -> int:

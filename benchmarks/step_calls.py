@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import noise
-from gradsampler.noise import sources
-from gradsampler.noise.sources import Draw
+from gradsampler import contract, noise
+from gradsampler.contract import Draw
 from gradsampler.ops import native
 
 COEFS, SCALE, STEP, STEPS = (0.3, -1.2), 0.7, 17, 50
@@ -123,18 +122,15 @@ def backward(i: Inputs, with_compile: bool) -> dict[str, Call]:
     plain = (COEFS[0] * g, COEFS[1] * g)
     answer = (*plain, SCALE * i.slope() * g)
     calls = {}
-    given = Draw(sources.GIVEN, STEP, given=i.g)
+    given = Draw(contract.GIVEN, STEP, given=i.g)
     for name, draw in {"linear": given, **i.draws}.items():
         if name == "philox":
             continue  # nothing is pulled back through it
-        source, _, words, wave = native._injected(draw, i.z0, SCALE)
+        injected = native._injected(draw, i.z0, SCALE)
         targets = (None, dz0) if name == "linear" else (dz0, None)
         calls[name] = Call(
-            lambda source=source, words=words, wave=wave, targets=targets: (
-                native._raw.step_bwd.default(
-                    i.g, [i.g, i.g], COEFS, None, source, None, words, wave, (), [dx, dd], [0, 1],
-                    None, None, *targets,
-                )
+            lambda injected=injected, targets=targets: native._raw.step_bwd.default(
+                i.g, [i.g, i.g], COEFS, None, *injected, (), [dx, dd], [0, 1], None, None, *targets
             ),
             results,
             {"linear": (*plain, SCALE * g), "sincos": answer}.get(name, plain),
@@ -172,13 +168,11 @@ def adjoint(i: Inputs, with_compile: bool) -> dict[str, Call]:
     for name, draw in {"linear": None, **i.draws}.items():
         if name == "philox":
             continue
-        source, _, words, wave = native._injected(draw, i.z0, SCALE)
+        injected = native._injected(draw, i.z0, SCALE)
         calls[name] = Call(
-            lambda name=name, source=source, words=words, wave=wave: (
-                native._raw.adjoint_step.default(
-                    lam, mu, None if name == "linear" else dz0, [i.x, i.d, i.g], True, LAMS, NEXT,
-                    source, None, words, wave,
-                )
+            lambda name=name, injected=injected: native._raw.adjoint_step.default(
+                lam, mu, None if name == "linear" else dz0, [i.x, i.d, i.g], True, LAMS, NEXT,
+                *injected,
             ),
             results,
             answer if name == "sincos" else plain,

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // gradsampler._C: facts about the build, and the choice of instruction set for tests.
+// This file does without the stable ABI: pybind11's headers of torch 2.11 are empty under it.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/c/shim.h>

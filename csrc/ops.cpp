@@ -9,38 +9,17 @@ void check_count(const char* op, const char* argument, size_t got, size_t expect
   STD_TORCH_CHECK(got == expected, Name{op, argument}.text(), " must hold ", expected, " numbers, got ", got);
 }
 
-// draw: kind, step, offset, seed, normal_seed. numbers: weight, gain, rate, amplitude, phase,
-// normal, noise_coef.
-Noise noise_of(const char* op, const Ints& draw, const Floats& numbers, const Maybe& source,
-               const Maybe& coef, const Like& like) {
-  check_count(op, "draw", draw.size(), 5);
-  check_count(op, "noise", numbers.size(), 7);
+Noise noise_of(const char* op, const Injected& in, const Like& like) {
   Noise n;
-  n.kind = int(draw[0]);
-  n.step = draw[1];
-  n.offset = draw[2];
-  n.seed = uint64_t(draw[3]);
-  n.normal_seed = uint64_t(draw[4]);
-  n.weight = numbers[0], n.gain = numbers[1], n.rate = numbers[2];
-  n.amplitude = numbers[3], n.phase = numbers[4], n.normal = numbers[5], n.coef = numbers[6];
-  STD_TORCH_CHECK(n.kind >= kOff && n.kind <= kGiven, op, ": draw.kind must be 0 to 3, got ", n.kind);
-  if (n.kind != kOff) {
-    STD_TORCH_CHECK(source.has_value(), op, ": ", n.kind == kGiven ? "draw.given" : "z0",
-                    " must be a tensor for noise kind ", n.kind, ", got None");
-    n.source = operand(*source, like, {op, n.kind == kGiven ? "draw.given" : "z0"});
-  }
-  if (n.kind == kSignedRoll && like.numel) {
-    const int64_t size = like.numel / like.samples();
-    STD_TORCH_CHECK(n.offset >= 0 && n.offset < size, op, ": draw.offset must be in 0 to ", size - 1,
-                    ", got ", n.offset);
-    STD_TORCH_CHECK(like.samples() <= int64_t(1) << 32, op, ": z0 must hold at most 2**32 samples, got ",
-                    like.samples());
-  }
-  if (coef) {
-    const Floats value = values_of(*coef, {op, "noise_coef"});
-    check_count(op, "noise_coef", value.size(), 1);
-    n.coef = value[0];
-  }
+  if (!injects(op, in, like)) return n;
+  const Ints& w = in.words;
+  const Floats& x = in.numbers;
+  n.kind = int(w[kKind]), n.step = w[kStep], n.offset = w[kOffset];
+  n.seed = uint64_t(w[kSeed]), n.normal_seed = uint64_t(w[kNormalSeed]);
+  n.weight = x[kWeight], n.gain = x[kGain], n.rate = x[kRate];
+  n.amplitude = x[kAmplitude], n.phase = x[kPhase], n.normal = x[kNormal];
+  n.coef = in.amount_tensor ? values_of(*in.amount_tensor, {op, "noise_coef"})[0] : in.amount;
+  if (n.kind != kOff) n.source = operand(*in.source, like, {op, source_name(n.kind)});
   return n;
 }
 
@@ -94,12 +73,13 @@ bool any_wide(const std::vector<Operand>& list) {
 }
 
 void step_cpu(Tensor out, Maybe model, std::vector<Tensor> terms, Floats coefs, Maybe coefs_tensor,
-              Maybe source, Maybe noise_coef, Ints draw, Floats numbers, Floats clamp, double model_scale) {
+              Maybe source, double amount, Maybe noise_coef, Ints words, Floats numbers, Floats clamp,
+              double model_scale) {
   const Like like = like_terms("step", terms, 1);
   Step a = step_of("step", terms, like);
   Floats storage;
   a.coefs = coefs_of("step", coefs, coefs_tensor, like, terms.size(), storage);
-  a.noise = noise_of("step", draw, numbers, source, noise_coef, like);
+  a.noise = noise_of("step", {source, amount, noise_coef, words, numbers}, like);
   a.clamped = !clamp.empty();
   clamp_of("step", clamp, a.lo, a.hi);
   a.out = output(out, like, {"step", "out"});
@@ -111,14 +91,14 @@ void step_cpu(Tensor out, Maybe model, std::vector<Tensor> terms, Floats coefs, 
 }
 
 void step_bwd_cpu(Tensor g, std::vector<Tensor> terms, Floats coefs, Maybe coefs_tensor, Maybe source,
-                  Maybe noise_coef, Ints draw, Floats numbers, Floats clamp, std::vector<Tensor> dterms,
-                  Ints slots, Maybe dcoefs, Maybe dnoise_coef, Maybe dz0, Maybe dgiven) {
+                  double amount, Maybe noise_coef, Ints words, Floats numbers, Floats clamp,
+                  std::vector<Tensor> dterms, Ints slots, Maybe dcoefs, Maybe dnoise_coef, Maybe dz0, Maybe dgiven) {
   const Like like = like_terms("step_bwd", terms, 1);
   StepPull p;
   Step& a = p.forward = step_of("step_bwd", terms, like);
   Floats storage;
   a.coefs = coefs_of("step_bwd", coefs, coefs_tensor, like, terms.size(), storage);
-  a.noise = noise_of("step_bwd", draw, numbers, source, noise_coef, like);
+  a.noise = noise_of("step_bwd", {source, amount, noise_coef, words, numbers}, like);
   a.clamped = !clamp.empty();
   clamp_of("step_bwd", clamp, a.lo, a.hi);
   p.g = operand(g, like, {"step_bwd", "g"});
@@ -142,7 +122,7 @@ void step_bwd_cpu(Tensor g, std::vector<Tensor> terms, Floats coefs, Maybe coefs
 }
 
 void adjoint_cpu(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, bool has_g, Floats a, Floats b,
-                 Maybe source, Maybe noise_coef, Ints draw, Floats numbers) {
+                 Maybe source, double amount, Maybe noise_coef, Ints words, Floats numbers) {
   const char* op = "adjoint_step";
   const Like like(lam);
   STD_TORCH_CHECK(lams.size() <= size_t(kMaxTerms), op, ": lams must hold at most ", kMaxTerms - 1,
@@ -160,14 +140,15 @@ void adjoint_cpu(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, bool
     check_count(op, "b", b.size(), lams.size() - has_g + 1);
     w.b = b;
   }
-  w.noise = noise_of(op, draw, numbers, source, noise_coef, like);
+  w.noise = noise_of(op, {source, amount, noise_coef, words, numbers}, like);
   w.dz0 = w.noise.kind == kOff ? Operand() : output(dz0, like, {op, "dz0"});
   w.shape = like.shape(any_wide(w.lams) || wide({&w.noise.source, &w.lam, &w.dz0}));
   if (like.numel) adjoint(w);
 }
 
 void leap_cpu(Tensor carried, Maybe state, Maybe model, Tensor overflow, std::vector<Tensor> terms, Floats coefs,
-              Maybe source, Ints draw, Floats numbers, int64_t sign, double scale, double model_scale, bool wide) {
+              Maybe source, double amount, Maybe noise_coef, Ints words, Floats numbers, int64_t sign, double scale,
+              double model_scale, bool wide) {
   const char* op = "leap";
   const Like like = like_terms(op, terms, 1);
   Leap a;
@@ -175,7 +156,7 @@ void leap_cpu(Tensor carried, Maybe state, Maybe model, Tensor overflow, std::ve
   for (size_t k = 0; k < terms.size(); ++k) a.terms.push_back(operand(terms[k], like, {op, "terms", int64_t(k)}));
   check_count(op, "coefs", coefs.size(), terms.size());
   a.coefs = coefs;
-  a.noise = noise_of(op, draw, numbers, source, {}, like);
+  a.noise = noise_of(op, {source, amount, noise_coef, words, numbers}, like);
   a.sign = int(sign);
   a.scale = scale;
   a.model_scale = model_scale;
@@ -198,17 +179,17 @@ AncestralStep ancestral_of(const char* op, const Tensor& x, const Tensor& eps, c
   a.lo = -INFINITY, a.hi = INFINITY;
   clamp_of(op, clamp, a.lo, a.hi);
   Floats read;
-  const Coefs c = coefs_of(op, coefs, coefs_tensor, like, 6, read);
+  const Coefs c = coefs_of(op, coefs, coefs_tensor, like, kAncestral, read);
   Floats kept = nonzero ? values_of(*nonzero, {op, "nonzero"}) : Floats{1.0};
   STD_TORCH_CHECK(kept.size() == 1 || int64_t(kept.size()) == like.samples(), op,
                   ": nonzero must hold 1 or ", like.samples(), " elements, got ", kept.size());
   const bool per_sample = c.per_sample || kept.size() > 1;
   const int64_t rows = per_sample ? like.samples() : 1;
-  storage.resize(size_t(rows) * 7);
+  storage.clear();
   for (int64_t row = 0; row < rows; ++row) {
-    const double* from = c.values + (c.per_sample ? row * 6 : 0);
-    std::copy(from, from + 6, storage.begin() + row * 7);
-    storage[row * 7 + 6] = kept[kept.size() > 1 ? row : 0];
+    const double* from = c.values + (c.per_sample ? row * kAncestral : 0);
+    storage.insert(storage.end(), from, from + kAncestral);
+    storage.push_back(kept[kept.size() > 1 ? row : 0]);
   }
   a.coefs = {storage.data(), per_sample};
   return a;

@@ -7,13 +7,12 @@ namespace gs {
 namespace {
 
 cuda::StepCall step_of(Session& s, const std::vector<Tensor>& terms, const Floats& coefs,
-                       const Maybe& coefs_tensor, const Maybe& source, const Maybe& noise_coef,
-                       const Ints& draw, const Floats& numbers, const Floats& clamp) {
+                       const Maybe& coefs_tensor, const Injected& injected, const Floats& clamp) {
   cuda::StepCall c;
   c.terms = int(terms.size());
   for (int k = 0; k < c.terms; ++k) c.term[k] = s.input(terms[k], "terms", k);
   c.coefs = coefs_of(s, coefs, coefs_tensor, c.terms);
-  c.noise = noise_of(s, draw, numbers, source, noise_coef);
+  c.noise = noise_of(s, injected);
   c.clamped = !clamp.empty();
   clamp_of(s, clamp, c.lo, c.hi);
   c.rows = s.rows(c.coefs.stride != 0 || c.noise.kind == kSignedRoll);
@@ -21,15 +20,16 @@ cuda::StepCall step_of(Session& s, const std::vector<Tensor>& terms, const Float
 }
 
 void check_terms(const char* op, const std::vector<Tensor>& terms) {
-  STD_TORCH_CHECK(!terms.empty() && terms.size() <= size_t(cuda::kSlots), op, ": terms must hold 1 to ",
-                  cuda::kSlots, " tensors, got ", terms.size());
+  STD_TORCH_CHECK(!terms.empty() && terms.size() <= size_t(kMaxTerms), op, ": terms must hold 1 to ",
+                  kMaxTerms, " tensors, got ", terms.size());
 }
 
 void step_cuda(Tensor out, Maybe model, std::vector<Tensor> terms, Floats coefs, Maybe coefs_tensor,
-               Maybe source, Maybe noise_coef, Ints draw, Floats numbers, Floats clamp, double model_scale) {
+               Maybe source, double amount, Maybe noise_coef, Ints words, Floats numbers, Floats clamp,
+               double model_scale) {
   check_terms("step", terms);
   Session s("step", terms[0]);
-  cuda::StepCall c = step_of(s, terms, coefs, coefs_tensor, source, noise_coef, draw, numbers, clamp);
+  cuda::StepCall c = step_of(s, terms, coefs, coefs_tensor, {source, amount, noise_coef, words, numbers}, clamp);
   c.out = s.result(out, "out", true);
   c.model = s.result(model, "model_input");
   c.model_scale = model_scale;
@@ -39,11 +39,11 @@ void step_cuda(Tensor out, Maybe model, std::vector<Tensor> terms, Floats coefs,
 }
 
 void step_bwd_cuda(Tensor g, std::vector<Tensor> terms, Floats coefs, Maybe coefs_tensor, Maybe source,
-                   Maybe noise_coef, Ints draw, Floats numbers, Floats clamp, std::vector<Tensor> dterms,
-                   Ints slots, Maybe dcoefs, Maybe dnoise_coef, Maybe dz0, Maybe dgiven) {
+                   double amount, Maybe noise_coef, Ints words, Floats numbers, Floats clamp,
+                   std::vector<Tensor> dterms, Ints slots, Maybe dcoefs, Maybe dnoise_coef, Maybe dz0, Maybe dgiven) {
   check_terms("step_bwd", terms);
   Session s("step_bwd", terms[0]);
-  cuda::StepCall c = step_of(s, terms, coefs, coefs_tensor, source, noise_coef, draw, numbers, clamp);
+  cuda::StepCall c = step_of(s, terms, coefs, coefs_tensor, {source, amount, noise_coef, words, numbers}, clamp);
   c.g = s.input(g, "g");
   STD_TORCH_CHECK(slots.size() == dterms.size(), "step_bwd: slots must hold ", dterms.size(), " numbers, got ",
                   slots.size());
@@ -75,10 +75,10 @@ void step_bwd_cuda(Tensor g, std::vector<Tensor> terms, Floats coefs, Maybe coef
 }
 
 void adjoint_cuda(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, bool has_g, Floats a, Floats b,
-                  Maybe source, Maybe noise_coef, Ints draw, Floats numbers) {
+                  Maybe source, double amount, Maybe noise_coef, Ints words, Floats numbers) {
   Session s("adjoint_step", lam);
   cuda::AdjointCall c;
-  STD_TORCH_CHECK(lams.size() <= size_t(cuda::kSlots), s.op, ": lams must hold at most ", cuda::kSlots - 1,
+  STD_TORCH_CHECK(lams.size() <= size_t(kMaxTerms), s.op, ": lams must hold at most ", kMaxTerms - 1,
                   " tensors, got ", lams.size() - has_g);
   c.slots = int(lams.size());
   c.own = c.slots - int(has_g);
@@ -90,9 +90,9 @@ void adjoint_cuda(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, boo
   }
   if (mu) {
     std::copy(b.begin(), b.end() - 1, c.b);
-    c.b[cuda::kSlots] = b.back();
+    c.b[kMaxTerms] = b.back();
   }
-  c.noise = noise_of(s, draw, numbers, source, noise_coef);
+  c.noise = noise_of(s, {source, amount, noise_coef, words, numbers});
   c.lam = s.result(lam, "lam", true);
   c.mu = s.result(mu, "mu");
   if (c.noise.kind != kOff) c.dz0 = s.result(dz0, "dz0", true);
@@ -101,7 +101,8 @@ void adjoint_cuda(Tensor lam, Maybe mu, Maybe dz0, std::vector<Tensor> lams, boo
 }
 
 void leap_cuda(Tensor carried, Maybe state, Maybe model, Tensor overflow, std::vector<Tensor> terms, Floats coefs,
-               Maybe source, Ints draw, Floats numbers, int64_t sign, double scale, double model_scale, bool wide) {
+               Maybe source, double amount, Maybe noise_coef, Ints words, Floats numbers, int64_t sign, double scale,
+               double model_scale, bool wide) {
   check_terms("leap", terms);
   Session s("leap", terms[0]);
   cuda::LeapCall c;
@@ -110,7 +111,7 @@ void leap_cuda(Tensor carried, Maybe state, Maybe model, Tensor overflow, std::v
                   coefs.size());
   for (int k = 0; k < c.terms; ++k) c.term[k] = s.input(terms[k], "terms", k);
   std::copy(coefs.begin(), coefs.end(), c.coefs);
-  c.noise = noise_of(s, draw, numbers, source, {});
+  c.noise = noise_of(s, {source, amount, noise_coef, words, numbers});
   c.wide_integers = s.integral(carried, "carried", c.carried);
   c.sign = int(sign);
   c.scale = scale;
@@ -131,7 +132,7 @@ cuda::AncestralCall ancestral_of(Session& s, const Tensor& x, const Tensor& eps,
   c.eps = s.half_input(eps, "model_output", c.eps_stride);
   c.v = s.half_input(v, "model_output (variance)", c.v_stride);
   c.noise = s.input(noise, "noise");
-  c.coefs = coefs_of(s, coefs, coefs_tensor, 6);
+  c.coefs = coefs_of(s, coefs, coefs_tensor, kAncestral);
   c.lo = -INFINITY, c.hi = INFINITY;
   clamp_of(s, clamp, c.lo, c.hi);
   if (nonzero) {

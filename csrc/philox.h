@@ -3,11 +3,11 @@
 #pragma once
 #include <stdint.h>
 
+#include "contract.h"
 #include "portable.h"
 
 namespace gs {
 
-enum : uint32_t { kUseNormals = 0, kUseSigns = 1 };
 enum : uint32_t {
   kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u
 };
@@ -33,12 +33,12 @@ GS_FN Words philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint6
 
 // The normals of elements 4*block .. 4*block+3 come from this block.
 GS_FN Words normal_words(uint64_t block, uint32_t step, uint64_t seed) {
-  return philox4x32(uint32_t(block), uint32_t(block >> 32), step, kUseNormals, seed);
+  return philox4x32(uint32_t(block), uint32_t(block >> 32), step, kNormals, seed);
 }
 
 // The signs of elements 128*block .. 128*block+127 of one sample; a set bit means -1.
 GS_FN Words sign_words(uint32_t block, uint32_t sample, uint32_t step, uint64_t seed) {
-  return philox4x32(block, sample, step, kUseSigns, seed);
+  return philox4x32(block, sample, step, kSigns, seed);
 }
 
 // Half of a Box-Muller pair each: the float32 roundings here are part of the definition.

@@ -97,32 +97,18 @@ struct Session {
   }
 };
 
-inline cuda::DeviceNoise noise_of(Session& s, const Ints& draw, const Floats& numbers, const Maybe& source,
-                           const Maybe& coef) {
-  STD_TORCH_CHECK(draw.size() == 5 && numbers.size() == 7, s.op, ": draw must hold 5 and noise 7 numbers, got ",
-                  draw.size(), " and ", numbers.size());
+inline cuda::DeviceNoise noise_of(Session& s, const Injected& in) {
   cuda::DeviceNoise n;
-  n.kind = int(draw[0]);
-  n.step = uint32_t(draw[1]);
-  n.offset = draw[2];
-  n.seed = uint64_t(draw[3]);
-  n.normal_seed = uint64_t(draw[4]);
-  n.weight = numbers[0];
-  n.wave = make_wave<double>(numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]);
-  n.normal = numbers[5];
-  n.coef = numbers[6];
-  STD_TORCH_CHECK(n.kind >= kOff && n.kind <= kGiven, s.op, ": draw.kind must be 0 to 3, got ", n.kind);
-  if (n.kind != kOff) {
-    const char* name = n.kind == kGiven ? "draw.given" : "z0";
-    STD_TORCH_CHECK(source.has_value(), s.op, ": ", name, " must be a tensor, got None");
-    n.source = s.input(*source, name);
-  }
-  const int64_t size = s.like.samples() ? s.like.numel / s.like.samples() : 0;
-  STD_TORCH_CHECK(n.kind != kSignedRoll || !s.like.numel || (n.offset >= 0 && n.offset < size), s.op,
-                  ": draw.offset must be in 0 to ", size - 1, ", got ", n.offset);
-  if (coef) {
-    STD_TORCH_CHECK(coef->numel() == 1, s.op, ": noise_coef must hold 1 numbers, got ", coef->numel());
-    const Slot at = s.numbers(*coef, "noise_coef");
+  if (!injects(s.op, in, s.like)) return n;
+  const Ints& w = in.words;
+  const Floats& x = in.numbers;
+  n.kind = int(w[kKind]), n.step = uint32_t(w[kStep]), n.offset = w[kOffset];
+  n.seed = uint64_t(w[kSeed]), n.normal_seed = uint64_t(w[kNormalSeed]);
+  n.weight = x[kWeight], n.normal = x[kNormal], n.coef = in.amount;
+  n.wave = make_wave<double>(x[kWeight], x[kGain], x[kRate], x[kAmplitude], x[kPhase]);
+  if (n.kind != kOff) n.source = s.input(*in.source, source_name(n.kind));
+  if (in.amount_tensor) {
+    const Slot at = s.numbers(*in.amount_tensor, "noise_coef");
     n.coef_at = at.data;
     n.coef_dtype = at.dtype;
   }

@@ -31,11 +31,22 @@ struct Name {
   }
 };
 
+inline const char* source_name(int64_t kind) { return kind == kGiven ? "draw.given" : "z0"; }
+
 inline std::string shape_text(const int64_t* sizes, int64_t dims) {
   std::string text = "[";
   for (int64_t d = 0; d < dims; ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
   return text + "]";
 }
+
+// An injection as the schemas have it; the lists are empty where there is none.
+struct Injected {
+  const Maybe& source;  // z0, or the given tensor
+  double amount;
+  const Maybe& amount_tensor;
+  const Ints& words;
+  const Floats& numbers;
+};
 
 // What all tensors of one call must agree in.
 struct Like {
@@ -142,6 +153,28 @@ inline int32_t* flag(const Tensor& x, const Like& like, const Name& name) {
 
 inline Operand output(const Maybe& x, const Like& like, const Name& name) {
   return x ? output(*x, like, name) : Operand();
+}
+
+// Checks what does not depend on the device; false for no noise at all.
+inline bool injects(const char* op, const Injected& in, const Like& like) {
+  const Ints& w = in.words;
+  if (w.empty() && in.numbers.empty()) return false;
+  STD_TORCH_CHECK(w.size() == kWords && in.numbers.size() == kNumbers, op, ": words and numbers must hold ",
+                  int(kWords), " and ", int(kNumbers), " numbers, got ", w.size(), " and ", in.numbers.size());
+  STD_TORCH_CHECK(w[kKind] >= kOff && w[kKind] <= kGiven, op, ": draw.kind must be ", int(kOff), " to ", int(kGiven),
+                  ", got ", w[kKind]);
+  STD_TORCH_CHECK(w[kKind] == kOff || in.source, op, ": ", source_name(w[kKind]), " must be a tensor for noise kind ",
+                  w[kKind], ", got None");
+  if (w[kKind] == kSignedRoll && like.numel) {
+    const int64_t size = like.numel / like.samples();
+    STD_TORCH_CHECK(w[kOffset] >= 0 && w[kOffset] < size, op, ": draw.offset must be in 0 to ", size - 1, ", got ",
+                    w[kOffset]);
+    STD_TORCH_CHECK(like.samples() <= int64_t(1) << 32, op, ": z0 must hold at most 2**32 samples, got ",
+                    like.samples());
+  }
+  STD_TORCH_CHECK(!in.amount_tensor || in.amount_tensor->numel() == 1, op, ": noise_coef must hold 1 numbers, got ",
+                  in.amount_tensor ? in.amount_tensor->numel() : 0);
+  return true;
 }
 
 inline bool wide(std::initializer_list<const Operand*> list) {

@@ -21,8 +21,6 @@ from gradsampler.parameterization import (
 
 __all__ = ["Guided"]
 
-Scale = Coefficient | Sequence[float]
-
 
 class Guided(Parameterization):
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6), linear as well.
@@ -41,7 +39,7 @@ class Guided(Parameterization):
     def __init__(
         self,
         denoiser: Parameterization | Network,
-        scale: Scale,
+        scale: Coefficient | Sequence[float],
         unconditional: Mapping[str, Any],
         *,
         modules: Sequence[nn.Module] = (),
@@ -58,19 +56,19 @@ class Guided(Parameterization):
     def coordinates(self) -> Coordinates:
         return self.inner.coordinates
 
-    def on(self, sigmas: Tensor) -> "Guided":
-        steps = len(sigmas) - 1
-        if isinstance(self.scale, Tensor) and self.scale.ndim == 1 and len(self.scale) != steps:
+    def on(self, levels: Sequence[Coefficient]) -> "Guided":
+        steps = len(levels) - 1
+        if isinstance(self.scale, tuple) and len(self.scale) != steps:
             _checks.fail("Guided: scale", f"hold one number a step, {steps}", len(self.scale))
-        return self._with(inner=self.inner.on(sigmas))
+        return self._with(inner=self.inner.on(levels))
 
     def at(self, step: int) -> "Guided":
         scale = self.scale
-        if isinstance(scale, Tensor) and scale.ndim == 1:
+        if isinstance(scale, tuple):
             scale = scale[min(step, len(scale) - 1)]  # a final denoising has that of the last step
         return self._with(inner=self.inner.at(step), scale=scale)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return self._guided(self.inner.preconditioning(sigma))
 
     def limit(self) -> Preconditioning:
@@ -105,7 +103,7 @@ class Guided(Parameterization):
 
     def _guided(self, inner: Preconditioning) -> Preconditioning:
         scale = self.scale
-        if isinstance(scale, Tensor) and scale.ndim == 1:
+        if isinstance(scale, tuple):
             _checks.fail("Guided: scale", "be one number outside of a run", f"[{len(scale)}]")
         nothing = (0.0,) * len(inner.c_out)
         plain = tuple((1 - scale) * c for c in inner.c_out)
@@ -115,12 +113,13 @@ class Guided(Parameterization):
         )
 
 
-def _scale(scale: object) -> Coefficient:
+def _scale(scale: object) -> Coefficient | tuple[Coefficient, ...]:
+    """A guidance weight, or one a step."""
     if isinstance(scale, Sequence) and not isinstance(scale, str):
-        numbers = [_checks.finite(f"Guided: scale[{k}]", c) for k, c in enumerate(scale)]
-        return torch.tensor(numbers, dtype=torch.float64)
+        return tuple(_checks.finite(f"Guided: scale[{k}]", c) for k, c in enumerate(scale))
     if not isinstance(scale, Tensor):
         return _checks.finite("Guided: scale", scale)
     if _checks.floating("Guided: scale", scale).ndim > 1:
         _checks.fail("Guided: scale", "have shape [] or [N], one a step", list(scale.shape))
-    return scale.to("cpu", torch.float64)
+    scale = scale.to("cpu", torch.float64)
+    return scale.unbind() if scale.ndim else scale

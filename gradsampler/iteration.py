@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Program, Recorder
 from gradsampler.engine.trajectory import GradientWarning, version
 from gradsampler.layout import Layout
-from gradsampler.memory import Memory, Reversible, resolve
+from gradsampler.memory import Memory, resolve
 from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.sampling import integrate
 
@@ -47,7 +48,7 @@ class StepMap(Parameterization):
         bound.index = step
         return bound
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return Preconditioning(0.0, (1.0,), 1.0, 0.0)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -160,11 +161,11 @@ def iterate(
         >>> [round(x, 4) for x in end["x"].tolist()]  # e^-1 is 0.3679
         [0.3675, 0.3675, 0.3675]
     """
-    if isinstance(resolve(memory), Reversible):
+    if not resolve(memory).any_program:
         _checks.fail(
             "memory",
             "be a strategy for any step map",
-            "'reversible', which has to undo the steps",
+            f"{memory!r}, which has to undo the steps",
             "take memory='checkpoint'",
         )
 

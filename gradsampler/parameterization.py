@@ -11,8 +11,10 @@ it. The state is in VE coordinates, ``x = x0 + s*e``; in a native flow run it is
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from gradsampler import _checks
 from gradsampler.coordinates import VE, Coordinates, FlowTime
-from gradsampler.elementary import Coefficient
+from gradsampler.elementary import Coefficient, log, sqrt, square
 from gradsampler.timesteps import Timesteps
 
 __all__ = [
@@ -63,8 +65,8 @@ class Parameterization(ABC):
         return VE()
 
     @abstractmethod
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        """The map at the noise levels ``sigma``, float64 of any shape (a run passes 0-d)."""
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        """The map at the noise level ``sigma``, a float, or float64 levels of any shape."""
 
     def limit(self) -> Preconditioning:
         """The map where sigma is infinite and a state is noise alone, as a map of x/sigma."""
@@ -75,8 +77,8 @@ class Parameterization(ABC):
             "VP with a v or x0 prediction and Flow can start from noise alone",
         )
 
-    def on(self, sigmas: Tensor) -> "Parameterization":
-        """The parameterization on the levels of a run, [N+1] float64; tables are checked here."""
+    def on(self, levels: Sequence[Coefficient]) -> "Parameterization":
+        """The parameterization on the N+1 levels of a run; tables are checked here."""
         return self
 
     def at(self, step: int) -> "Parameterization":
@@ -144,15 +146,13 @@ class Prediction(Parameterization):
     def coordinates(self) -> Coordinates:
         return FlowTime() if self.kind == "flow" else VE()
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         if self.kind == "x0":
             return Preconditioning(0.0, (1.0,), 1.0, sigma)
-        if (
-            self.kind == "v"
-        ):  # Salimans and Ho 2022, arXiv 2202.00512, appendix D, with x = x_vp/alpha
-            return Preconditioning(
-                1 / (sigma**2 + 1), (-sigma / torch.sqrt(sigma**2 + 1),), 1.0, sigma
-            )
+        if self.kind == "v":
+            # Salimans and Ho 2022, arXiv 2202.00512, appendix D, with x = x_vp/alpha
+            variance = square(sigma) + 1
+            return Preconditioning(1 / variance, (-sigma / sqrt(variance),), 1.0, sigma)
         # epsilon: x = x0 + s*e. flow: x = (1-s)*x0 + s*e with v = e - x0. Both give D = x - s*out.
         return Preconditioning(1.0, (-sigma,), 1.0, sigma)
 
@@ -189,14 +189,14 @@ class EDM(Parameterization):
         object.__setattr__(self, "sigma_data", sigma_data)
         object.__setattr__(self, "behind", checked_modules("EDM: modules", modules))
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        variance = sigma**2 + self.sigma_data**2
-        root = torch.sqrt(variance)
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        variance = square(sigma) + square(self.sigma_data)
+        root = sqrt(variance)
         return Preconditioning(
-            self.sigma_data**2 / variance,
+            square(self.sigma_data) * (1 / variance),
             (sigma * self.sigma_data / root,),
             1 / root,
-            torch.log(sigma) / 4,
+            log(sigma) / 4,
         )
 
 
@@ -237,32 +237,45 @@ class VP(Parameterization):
         if not inside or not bool((alphas.diff() < 0).all()):
             _checks.fail("VP: alphas_cumprod", "decrease within (0, 1)", alphas.tolist()[:4])
         self.log_sigmas = 0.5 * (torch.log1p(-alphas) - torch.log(alphas))  # [T], increasing
+        self._table: list[float] = self.log_sigmas.tolist()
         self.timesteps = None if timesteps is None else Timesteps("VP", timesteps)
         self.behind = checked_modules("VP: modules", modules)
 
-    def on(self, sigmas: Tensor) -> "VP":
-        return self if self.timesteps is None else _placed(self, sigmas, self._formula)
+    def identity(self) -> dict[str, Any]:
+        """What makes it the same in another process, for the checkpoint of `optimize`."""
+        return {name: x for name, x in vars(self).items() if name != "_table"}  # of log_sigmas
 
-    def timestep(self, sigma: Tensor) -> Tensor:
+    def on(self, levels: Sequence[Coefficient]) -> "VP":
+        return self if self.timesteps is None else _placed(self, map(self._formula, levels))
+
+    def timestep(self, sigma: Coefficient) -> Coefficient:
         """The timestep of a noise level; by the formula fractional between two of the process."""
         formula = self._formula(sigma)
         return formula if self.timesteps is None else self.timesteps.told(formula)
 
-    def _formula(self, sigma: Tensor) -> Tensor:
+    def _formula(self, sigma: Coefficient) -> Coefficient:
+        last = len(self._table) - 1
+        if not isinstance(sigma, Tensor):
+            log_sigma = log(sigma)
+            above = min(max(bisect_left(self._table, log_sigma), 1), last)
+            low, high = self._table[above - 1], self._table[above]
+            between = 1.0 if sigma == math.inf else (log_sigma - low) / (high - low)
+            return above - 1 + min(max(between, 0.0), 1.0)
         table = self.log_sigmas.to(sigma.device)
-        tiny = torch.finfo(sigma.dtype).tiny  # at level 0 the logarithm has no derivative
-        log_sigma = torch.log(sigma.clamp(min=tiny))
-        above = torch.searchsorted(table, log_sigma.detach()).clamp(1, len(table) - 1)
-        low, high = table[above - 1], table[above]
-        between = ((log_sigma - low) / (high - low)).clamp(0, 1)
-        return above - 1 + torch.where(torch.isinf(sigma), 1.0, between)
+        tiny = torch.finfo(sigma.dtype).tiny  # whose logarithm has a derivative
+        x = torch.as_tensor(log(sigma.clamp(min=tiny)))
+        after = torch.searchsorted(table, x.detach()).clamp(1, last)
+        before, behind = table[after - 1], table[after]
+        between = ((x - before) / (behind - before)).clamp(0, 1)
+        return after - 1 + torch.where(torch.isinf(sigma), 1.0, between)
 
-    def _scales(self, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+    def _scales(self, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         if self.prediction == "x0":
             return 0.0, 1.0
         if self.prediction == "epsilon":
             return 1.0, -sigma
-        return 1 / (sigma**2 + 1), -sigma / torch.sqrt(sigma**2 + 1)
+        variance = square(sigma) + 1
+        return 1 / variance, -sigma / sqrt(variance)
 
     def limit(self) -> Preconditioning:
         if self.prediction == "epsilon":
@@ -276,9 +289,9 @@ class VP(Parameterization):
         noise = last if self.timesteps is None else self.timesteps.first
         return Preconditioning(0.0, (1.0 if self.prediction == "x0" else -1.0,), 1.0, noise)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         c_skip, c_out = self._scales(sigma)
-        return Preconditioning(c_skip, (c_out,), 1 / torch.sqrt(sigma**2 + 1), self.timestep(sigma))
+        return Preconditioning(c_skip, (c_out,), 1 / sqrt(square(sigma) + 1), self.timestep(sigma))
 
 
 class Flow(Parameterization):
@@ -305,30 +318,33 @@ class Flow(Parameterization):
         self.timesteps = None if timesteps is None else Timesteps("Flow", timesteps)
         self.behind = checked_modules("Flow: modules", modules)
 
-    def on(self, sigmas: Tensor) -> "Flow":
-        return self if self.timesteps is None else _placed(self, sigmas, self._formula)
-
-    def _formula(self, sigma: Tensor) -> Tensor:
-        return torch.where(torch.isinf(sigma), 1.0, sigma / (1 + sigma))
+    def on(self, levels: Sequence[Coefficient]) -> "Flow":
+        if self.timesteps is None:
+            return self
+        return _placed(self, (1.0 if s == math.inf else _flow_time(s) for s in levels))
 
     def limit(self) -> Preconditioning:
         noise = 1.0 if self.timesteps is None else self.timesteps.first
         return Preconditioning(1.0, (-1.0,), 1.0, noise)
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        shrink, t = 1 / (1 + sigma), self._formula(sigma)
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        shrink, t = 1 / (1 + sigma), _flow_time(sigma)
         told = t if self.timesteps is None else self.timesteps.told(t)
         return Preconditioning(shrink, (-sigma * shrink,), shrink, told)
+
+
+def _flow_time(sigma: Coefficient) -> Coefficient:
+    return sigma * (1 / (1 + sigma))
 
 
 Tabled = TypeVar("Tabled", VP, Flow)
 
 
-def _placed(model: Tabled, sigmas: Tensor, formula: Callable[[Tensor], Tensor]) -> Tabled:
-    """The model with its table of timesteps on the levels of a run."""
+def _placed(model: Tabled, formula: Iterable[Coefficient]) -> Tabled:
+    """The model with its table of timesteps, given the formula's at the levels of a run."""
     assert model.timesteps is not None
     placed = copy.copy(model)
-    placed.timesteps = model.timesteps.on([formula(sigma) for sigma in sigmas.unbind()])
+    placed.timesteps = model.timesteps.on(list(formula))
     return placed
 
 

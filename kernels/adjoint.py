@@ -9,14 +9,15 @@ The state's cotangent is read once for all that follows from it.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import SIGNED_ROLL, SINCOS, Draw
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import LAST, NONE, coefficient, pull_back, read, tile, write
 
 
@@ -50,17 +51,18 @@ def adjoint_step_tile(
                   KIND, BLOCK, COMPUTE)  # fmt: skip
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def adjoint_step_kernel(
     lams, a, g, g_scale, b, source, numbers, noise_coef, lam, mu, dz0, size, count,
-    step, key0, key1, sign_key0, sign_key1, offset,
+    step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, A_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, G_STRIDE: tl.constexpr,
     NOISE_STRIDE: tl.constexpr, PER_SAMPLE: tl.constexpr, MASK: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements."""
     sample, first = tile(count, BLOCK, PER_SAMPLE)
-    words = (step, key0, key1, sign_key0, sign_key1, offset)
+    words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
     if MASK == LAST:
         whole = first + BLOCK <= size
@@ -82,7 +84,7 @@ def adjoint_step(
     g_scale: float | Tensor,
     b: Sequence[float] | Tensor | None,
     z0: Tensor | None = None,
-    draw: Any = None,
+    draw: Draw | None = None,
     noise_coef: float | Tensor = 0.0,
     dz0: Tensor | None = None,
     *,
@@ -93,13 +95,13 @@ def adjoint_step(
     """The next cotangents of a state and of a model output, and the share of z0, in one launch.
 
     Args:
-        lams: 0 to 5 cotangents [B, *state], each of its own dtype.
+        lams: cotangents [B, *state], each of its own dtype; with ``g`` at most `MAX_TERMS`.
         a: K floats, or a tensor [K] or [B, K].
         g: [B, *state] cotangent that the model returned for its input, or None.
         g_scale: what the model's input was scaled by: a float, or a tensor of one element or [B].
         b: K + 1 floats, or a tensor [K + 1] or [B, K + 1]; None asks for no ``mu``.
         z0: [B, *state] initial noise, read where ``draw`` is a function of it.
-        draw: a ``noise.Draw``, or None for no noise; what it was given gets no cotangent here.
+        draw: a `Draw`, or None for no noise; what it was given gets no cotangent here.
         noise_coef: a float, or a tensor of one element or [B].
         dz0: [B, *state] buffer to which the cotangent of z0 is added, None if not needed.
         mu_dtype: dtype of ``mu``; by default that of ``g``, without it that of ``lam``.
@@ -116,14 +118,14 @@ def adjoint_step(
         dtype, launch.dtype_of(g), *(x.dtype for x in lams), *launch.noise_dtypes(draw, z0)
     )
     inject = launch.injection(draw, z0, compute)
-    if inject.kind not in (launch.SINCOS, launch.SIGNED_ROLL) or launch.is_zero(noise_coef):
+    if inject.kind not in (SINCOS, SIGNED_ROLL) or launch.is_zero(noise_coef):
         dz0 = None
     ca, a_stride = launch.coefficients(a, compute)
     cb, b_stride = launch.coefficients(() if b is None else b, compute)
     cg, g_stride = launch.scalar(g_scale, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
     block = block or launch.block_size(False, compute)
-    rolls = dz0 is not None and inject.kind == launch.SIGNED_ROLL
+    rolls = dz0 is not None and inject.kind == SIGNED_ROLL
     per_sample = rolls or max(a_stride, b_stride, g_stride, noise_stride) > 0
     g, source, buffer, *parts = launch.in_one_order(
         [g, inject.source if dz0 is not None and not rolls else None, dz0, *lams],
@@ -136,9 +138,9 @@ def adjoint_step(
     t = launch.tiling(order, per_sample, block)
     if t.programs:
         with launch.on_device(lam):
-            adjoint_step_kernel[(t.programs,)](
-                tuple(parts), ca, g, cg, cb, source, inject.numbers, s, lam, mu,
-                buffer, t.size, t.count, **inject.words,
+            adjoint_step_kernel(
+                t.programs, tuple(parts), ca, g, cg, cb, source, inject.numbers, s, lam, mu,
+                buffer, t.size, t.count, *inject.words,
                 KIND=inject.kind, A_STRIDE=a_stride, B_STRIDE=b_stride, G_STRIDE=g_stride,
                 NOISE_STRIDE=noise_stride, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,

@@ -15,23 +15,16 @@ and log_min = -1.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import AncestralGrads
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import NONE, coefficient, number, read, tile, write
-
-
-class AncestralGrads(NamedTuple):
-    """What the backward returns; None where it was not asked for."""
-
-    x: Tensor | None  # [B, C, *space]
-    model_output: Tensor | None  # as the model output, eps and v along dim 1
-    noise: Tensor | None  # [B, C, *space]
 
 
 @triton.jit
@@ -52,6 +45,7 @@ def deviation(
     return coefficient(nonzero, 0, sample, NONZERO_STRIDE, COMPUTE) * tl.exp(0.5 * log_var), slope
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def ancestral_step_fwd_kernel(
     x, model_output, noise, coefs, nonzero, bounds, out, size, count,
@@ -78,6 +72,7 @@ def ancestral_step_fwd_kernel(
     write(out, sample * size + j, y, mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def ancestral_step_bwd_kernel(
     g, x, model_output, noise, coefs, nonzero, bounds, dx, dmodel_output, dnoise, size, count,
@@ -156,10 +151,11 @@ def ancestral_step_fwd(
     t = launch.tiling(x, True, block)
     if t.programs:
         with launch.on_device(x):
-            ancestral_step_fwd_kernel[(t.programs,)](
-                x, model_output, noise, c, factor, launch.numbers(clamp or (), compute), result,
-                t.size, t.count, LEARNED=learned, STRIDE=stride, NONZERO_STRIDE=nonzero_stride,
-                MASK=t.mask, COMPUTE=compute, BLOCK=block,
+            ancestral_step_fwd_kernel(
+                t.programs, x, model_output, noise, c, factor,
+                launch.numbers(clamp or (), compute), result, t.size, t.count, LEARNED=learned,
+                STRIDE=stride, NONZERO_STRIDE=nonzero_stride, MASK=t.mask, COMPUTE=compute,
+                BLOCK=block,
             )  # fmt: skip
     return result if out is None or result is out else out.copy_(result)
 
@@ -196,9 +192,10 @@ def ancestral_step_bwd(
     t = launch.tiling(x, True, block)
     if t.programs:
         with launch.on_device(x):
-            ancestral_step_bwd_kernel[(t.programs,)](
-                g, x, model_output, noise, c, factor, launch.numbers(clamp or (), compute), dx,
-                dmodel_output, dnoise, t.size, t.count, LEARNED=learned, STRIDE=stride,
-                NONZERO_STRIDE=nonzero_stride, MASK=t.mask, COMPUTE=compute, BLOCK=block,
+            ancestral_step_bwd_kernel(
+                t.programs, g, x, model_output, noise, c, factor,
+                launch.numbers(clamp or (), compute), dx, dmodel_output, dnoise, t.size, t.count,
+                LEARNED=learned, STRIDE=stride, NONZERO_STRIDE=nonzero_stride, MASK=t.mask,
+                COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
     return AncestralGrads(dx, dmodel_output, dnoise)

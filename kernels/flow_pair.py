@@ -11,45 +11,38 @@
 The times t are one a sample, 0 at the data x0 and 1 at the noise x1.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import FlowPairGrads
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import BY_FOUR, NONE, number, read, tile, write
 from gradsampler.kernels.philox import normals, normals_of
 
 
-class FlowPairGrads(NamedTuple):
-    """What the backward returns; None where it was not asked for."""
-
-    x0: Tensor | None  # [B, *state]
-    x1: Tensor | None  # [B, *state]
-    t: Tensor | None  # [B] float64
-
-
 @triton.jit
 def noise_end(
-    x1, key0, key1, base, first, j, mask,
+    x1, normal_low, normal_high, base, first, j, mask,
     NORMAL: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x1 of a tile: loaded, or drawn at step 0 and rounded to the dtype of the data."""
     if x1 is not None:
         return read(x1, base + j, mask, COMPUTE)
     elif NORMAL == BY_FOUR:
-        n = normals(base + first, 0, key0, key1, BLOCK, COMPUTE)
+        n = normals(base + first, 0, normal_low, normal_high, BLOCK, COMPUTE)
         return n.to(DTYPE).to(COMPUTE)
     else:
-        n = normals_of(base + j, 0, key0, key1, COMPUTE)
+        n = normals_of(base + j, 0, normal_low, normal_high, COMPUTE)
         return n.to(DTYPE).to(COMPUTE)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def flow_pair_fwd_kernel(
-    x0, x1, t, keep, key0, key1, x_t, v, size, count,
+    x0, x1, t, keep, normal_low, normal_high, x_t, v, size, count,
     NORMAL: tl.constexpr, MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements of one sample."""
@@ -60,16 +53,16 @@ def flow_pair_fwd_kernel(
     kept = number(keep[0], COMPUTE)
     r = 1.0 - tl.load(t + sample).to(COMPUTE)
     data = read(x0, base + j, mask, COMPUTE)
-    end = noise_end(
-        x1, key0, key1, base, first, j, mask, NORMAL, COMPUTE, BLOCK, x0.dtype.element_ty
-    )
+    end = noise_end(x1, normal_low, normal_high, base, first, j, mask, NORMAL, COMPUTE, BLOCK,
+                    x0.dtype.element_ty)  # fmt: skip
     write(x_t, base + j, r * data + (1.0 - kept * r) * end, mask)
     write(v, base + j, kept * end - data, mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def flow_pair_bwd_kernel(
-    gx, gv, x0, x1, t, keep, key0, key1, dx0, dx1, partial, size, count,
+    gx, gv, x0, x1, t, keep, normal_low, normal_high, dx0, dx1, partial, size, count,
     NORMAL: tl.constexpr, MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements; ``partial`` [programs] takes its share of dt."""
@@ -90,7 +83,7 @@ def flow_pair_bwd_kernel(
     if dx1 is not None:
         write(dx1, base + j, (1.0 - kept * r) * along + kept * across, mask)
     if partial is not None:
-        end = noise_end(x1, key0, key1, base, first, j, mask, NORMAL, COMPUTE, BLOCK,
+        end = noise_end(x1, normal_low, normal_high, base, first, j, mask, NORMAL, COMPUTE, BLOCK,
                         x0.dtype.element_ty)  # fmt: skip
         v = kept * end - read(x0, base + j, mask, COMPUTE)
         tl.store(partial + tl.program_id(0), tl.sum(v * along, 0))
@@ -129,8 +122,8 @@ def flow_pair_fwd(
     tiles = launch.tiling(x0, True, block)
     if tiles.programs:
         with launch.on_device(x0):
-            flow_pair_fwd_kernel[(tiles.programs,)](
-                x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
+            flow_pair_fwd_kernel(
+                tiles.programs, x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
                 launch.signed(seed), launch.signed(seed >> 32), x_t, v, tiles.size, tiles.count,
                 NORMAL=launch.normals_kind(x1 is None, tiles.size, True), MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
@@ -175,10 +168,10 @@ def flow_pair_bwd(
     partial = torch.empty(1, tiles.programs, dtype=dtype, device=x0.device) if needs_t else None
     if tiles.programs:
         with launch.on_device(x0):
-            flow_pair_bwd_kernel[(tiles.programs,)](
-                gx, gv, x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
-                launch.signed(seed), launch.signed(seed >> 32), dx0, dx1, partial,
-                tiles.size, tiles.count,
+            flow_pair_bwd_kernel(
+                tiles.programs, gx, gv, x0, x1, t.contiguous(),
+                launch.numbers([1.0 - sigma_min], compute), launch.signed(seed),
+                launch.signed(seed >> 32), dx0, dx1, partial, tiles.size, tiles.count,
                 NORMAL=launch.normals_kind(draws, tiles.size, True), MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip

@@ -11,12 +11,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-OFF, SINCOS, SIGNED_ROLL, GIVEN = range(4)  # the kinds of ``noise.Draw``
+from gradsampler.contract import GIVEN, OFF, SINCOS, Draw
+
 NONE, EVERY, LAST = range(3)  # which tiles have a mask
 
 # Integers whose values change from step to step and must not compile a kernel anew. Triton heeds
 # this for arguments of their own alone, not within a tuple.
-UNSPECIALISED = ["step", "key0", "key1", "sign_key0", "sign_key1", "offset", "count"]
+UNSPECIALISED = [
+    "step", "seed_low", "seed_high", "offset", "normal_low", "normal_high", "count"
+]  # fmt: skip
 
 WARP = 32 if torch.version.hip is None else 64  # threads
 
@@ -40,7 +43,7 @@ def dtype_of(x: Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-def noise_dtypes(draw: Any, z0: Tensor | None) -> tuple[torch.dtype | None, ...]:
+def noise_dtypes(draw: Draw | None, z0: Tensor | None) -> tuple[torch.dtype | None, ...]:
     """The dtypes of the tensors that ``draw`` is made of."""
     return (dtype_of(z0), dtype_of(draw.given)) if draw is not None else ()
 
@@ -70,16 +73,11 @@ def signed(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def words(step: int, normal_seed: int, sign_seed: int, offset: int) -> dict[str, int]:
-    """The integers of an injection as kernel arguments."""
-    return {
-        "step": signed(step),
-        "key0": signed(normal_seed),
-        "key1": signed(normal_seed >> 32),
-        "sign_key0": signed(sign_seed),
-        "sign_key1": signed(sign_seed >> 32),
-        "offset": offset,
-    }
+def words(draw: Draw) -> tuple[int, ...]:
+    """The integers of an injection as kernel arguments, in the order of ``kernels.noise``."""
+    step, offset = signed(draw.step), draw.offset
+    seed = signed(draw.seed), signed(draw.seed >> 32)
+    return step, *seed, offset, signed(draw.normal_seed), signed(draw.normal_seed >> 32)
 
 
 def scalar(x: float | Tensor, compute: tl.dtype) -> tuple[Any, int]:
@@ -102,19 +100,19 @@ def coefficients(coefs: Sequence[float] | Tensor, compute: tl.dtype) -> tuple[An
 
 
 class Injection(NamedTuple):
-    """A ``noise.Draw`` as kernel arguments, see ``kernels.noise``."""
+    """A `Draw` as kernel arguments, see ``kernels.noise``."""
 
     kind: int
     normal: bool  # whether it holds Philox normals
     source: Tensor | None  # z0 or the given tensor, whichever the kernel reads
     numbers: tuple[Any, ...]
-    words: dict[str, int]
+    words: tuple[int, ...]
 
 
-def injection(draw: Any, z0: Tensor | None, compute: tl.dtype) -> Injection:
+def injection(draw: Draw | None, z0: Tensor | None, compute: tl.dtype) -> Injection:
     """The kernel's view of ``draw``; None draws nothing."""
     if draw is None:
-        return Injection(0, False, None, (), words(0, 0, 0, 0))
+        return Injection(OFF, False, None, (), words(Draw(OFF, 0)))
     rate = draw.rate / math.pi
     high = rate if compute == tl.float64 else float32(rate)
     values = numbers(
@@ -131,8 +129,7 @@ def injection(draw: Any, z0: Tensor | None, compute: tl.dtype) -> Injection:
         compute,
     )
     source = {OFF: None, GIVEN: draw.given}.get(draw.kind, z0)
-    integers = words(draw.step, draw.normal_seed, draw.seed, draw.offset)
-    return Injection(draw.kind, draw.normal != 0, source, values, integers)
+    return Injection(draw.kind, draw.normal != 0, source, values, words(draw))
 
 
 class Tiling(NamedTuple):

@@ -11,14 +11,15 @@ outputs. So no product is fused with a sum but where it says so: the bits are th
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import SIGNED_ROLL, Draw
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import LAST, NONE, inject, number, read, tile, write
 
 
@@ -66,16 +67,17 @@ def leap_tile(
             write(model_in, base + j, y.to(STATE) * number(model_scale[0], STATE), mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=[*launch.UNSPECIALISED, "sign"])
 def leap_kernel(
     carried, terms, coefs, source, numbers, noise_coef, sign, overflow, scale, state, model_scale,
-    model_in, size, count, step, key0, key1, sign_key0, sign_key1, offset,
+    model_in, size, count, step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, NORMAL: tl.constexpr, PER_SAMPLE: tl.constexpr, MASK: tl.constexpr,
     COMPUTE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements."""
     sample, first = tile(count, BLOCK, PER_SAMPLE)
-    words = (step, key0, key1, sign_key0, sign_key1, offset)
+    words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
     if MASK == LAST:
         whole = first + BLOCK <= size
@@ -95,7 +97,7 @@ def leap(
     terms: Sequence[Tensor],
     coefs: Sequence[float],
     z0: Tensor | None = None,
-    draw: Any = None,
+    draw: Draw | None = None,
     noise_coef: float = 0.0,
     *,
     sign: int,
@@ -111,10 +113,10 @@ def leap(
 
     Args:
         carried: [B, *state] int32 or int64, changed in place; of any strides.
-        terms: up to 6 tensors [B, *state], each of its own dtype and strides.
+        terms: up to `MAX_TERMS` tensors [B, *state], each of its own dtype and strides.
         coefs: K floats.
         z0: [B, *state] initial noise, read where ``draw`` is a function of it.
-        draw: a ``noise.Draw``, or None for no noise.
+        draw: a `Draw`, or None for no noise.
         noise_coef: the amount of noise.
         sign: 1, or -1 to undo the same call to the bit.
         scale: what a unit of ``carried`` stands for afterwards.
@@ -133,7 +135,7 @@ def leap(
     )
     shown = launch.compute_type(out_dtype)
     inject_ = launch.injection(None if noise_coef == 0 else draw, z0, compute)
-    per_sample = inject_.kind == launch.SIGNED_ROLL
+    per_sample = inject_.kind == SIGNED_ROLL
     integers, source, *parts = launch.in_one_order(
         [carried, inject_.source, *terms], elementwise=not (per_sample or inject_.normal)
     )
@@ -145,12 +147,12 @@ def leap(
     model_in = launch.like(integers, model_dtype or out_dtype) if scales else None
     if t.programs:
         with launch.on_device(integers):
-            leap_kernel[(t.programs,)](
-                integers, tuple(parts), launch.numbers(coefs, compute), source, inject_.numbers,
-                launch.numbers((noise_coef,), compute), sign, overflow,
+            leap_kernel(
+                t.programs, integers, tuple(parts), launch.numbers(coefs, compute), source,
+                inject_.numbers, launch.numbers((noise_coef,), compute), sign, overflow,
                 launch.numbers((scale,), shown), state,
                 launch.numbers((1.0 if model_scale is None else model_scale,), shown),
-                model_in, t.size, t.count, **inject_.words,
+                model_in, t.size, t.count, *inject_.words,
                 KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
                 PER_SAMPLE=per_sample, MASK=t.mask, COMPUTE=compute, STATE=shown, BLOCK=block,
                 enable_fp_fusion=False,

@@ -7,20 +7,21 @@
 ``numbers`` holds (normal, linear, amplitude, rate, rate_low, phase, steep, ahead):
 sincos is ``linear z + amplitude sin(pi (rate z + phase))`` and has the slope
 ``linear + steep sin(pi (rate z + ahead))``; the other kinds use ``linear`` alone.
-``words`` holds (step, key0, key1, sign_key0, sign_key1, offset): the keys of the normals, the keys
-of the signs and the roll offset.
+``words`` holds those of a `Draw` behind its kind, in its order, each seed as two words of 32 bits:
+(step, seed_low, seed_high, offset, normal_low, normal_high).
 """
 
 import triton
 import triton.language as tl
 
+from gradsampler import contract
 from gradsampler.kernels.philox import normals, normals_of, signed
 from gradsampler.kernels.sincos import wave
 
-OFF = tl.constexpr(0)
-SINCOS = tl.constexpr(1)
-SIGNED_ROLL = tl.constexpr(2)
-GIVEN = tl.constexpr(3)
+OFF = tl.constexpr(contract.OFF)
+SINCOS = tl.constexpr(contract.SINCOS)
+SIGNED_ROLL = tl.constexpr(contract.SIGNED_ROLL)
+GIVEN = tl.constexpr(contract.GIVEN)
 
 BY_FOUR = tl.constexpr(1)  # normals: one block for 4 neighbours
 ONE_BY_ONE = tl.constexpr(2)  # where a sample does not start at a multiple of 4
@@ -115,17 +116,17 @@ def inject(
         x = x + linear * z
         x = x + (s * number(numbers[2], COMPUTE)) * w
     if KIND == SIGNED_ROLL:
-        low, before, high, behind = rolled(source, base, first, size, words[5], mask, BLOCK)
+        low, before, high, behind = rolled(source, base, first, size, words[3], mask, BLOCK)
         z = read_rolled(low, before, high, behind, COMPUTE)
-        z = signed(z, first, sample, words[0], words[3], words[4], BLOCK, COMPUTE)
+        z = signed(z, first, sample, words[0], words[1], words[2], BLOCK, COMPUTE)
         x = x + linear * z
     if KIND == GIVEN:
         x = x + linear * read(source, base + j, mask, COMPUTE)
     if NORMAL == BY_FOUR:
-        n = normals(base + first, words[0], words[1], words[2], BLOCK, COMPUTE)
+        n = normals(base + first, words[0], words[4], words[5], BLOCK, COMPUTE)
         x = x + (s * number(numbers[0], COMPUTE)) * n
     if NORMAL == ONE_BY_ONE:
-        n = normals_of(base + j, words[0], words[1], words[2], COMPUTE)
+        n = normals_of(base + j, words[0], words[4], words[5], COMPUTE)
         x = x + (s * number(numbers[0], COMPUTE)) * n
     return x
 
@@ -145,9 +146,9 @@ def pull_back(
         write(dz0, base + j, slope * g + read(dz0, base + j, mask, COMPUTE), mask)
     if KIND == SIGNED_ROLL:
         # Each element of dz0 belongs to one element of g, so this scatter has no races.
-        low, before, high, behind = rolled(dz0, base, first, size, words[5], mask, BLOCK)
+        low, before, high, behind = rolled(dz0, base, first, size, words[3], mask, BLOCK)
         old = read_rolled(low, before, high, behind, COMPUTE)
-        pulled = signed(g, first, sample, words[0], words[3], words[4], BLOCK, COMPUTE)
+        pulled = signed(g, first, sample, words[0], words[1], words[2], BLOCK, COMPUTE)
         new = (linear * pulled + old).to(dz0.dtype.element_ty)
         tl.store(low, new, mask=before)
         tl.store(high, new, mask=behind)

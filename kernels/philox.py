@@ -5,7 +5,10 @@
 import triton
 import triton.language as tl
 
+from gradsampler import contract
 from gradsampler.kernels.sincos import flip_odd, shifted_integer, sin_pi
+
+NORMALS, SIGNS = tl.constexpr(contract.NORMALS), tl.constexpr(contract.SIGNS)
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def normals(first, step, k0, k1, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
     """[BLOCK] normals of the elements ``first`` .. ``first + BLOCK - 1``; 4 divides ``first``."""
     block = first // 4 + tl.arange(0, BLOCK // 4)
     high = (block >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = blocks(block.to(tl.uint32), high, step, 0, k0, k1)
+    w0, w1, w2, w3 = blocks(block.to(tl.uint32), high, step, NORMALS, k0, k1)
     n0, n1 = box_muller(w0, w1, COMPUTE)
     n2, n3 = box_muller(w2, w3, COMPUTE)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
@@ -89,7 +92,7 @@ def normals_of(element, step, k0, k1, COMPUTE: tl.constexpr):
     """Normals of any int64 ``element`` indices, each from a block of its own."""
     block = element >> 2
     high = (block >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = blocks(block.to(tl.uint32), high, step, 0, k0, k1)
+    w0, w1, w2, w3 = blocks(block.to(tl.uint32), high, step, NORMALS, k0, k1)
     upper = (element & 2) != 0
     n0, n1 = box_muller(tl.where(upper, w2, w0), tl.where(upper, w3, w1), COMPUTE)
     return tl.where((element & 1) != 0, n1, n0)
@@ -103,7 +106,7 @@ def signed(x, first, sample, step, k0, k1, BLOCK: tl.constexpr, COMPUTE: tl.cons
     RUNS: tl.constexpr = BLOCK // 8
     run = tl.arange(0, RUNS)
     index = (first // 128).to(tl.uint32) + (run // 16).to(tl.uint32)
-    w0, w1, w2, w3 = blocks(index, sample, step, 1, k0, k1)
+    w0, w1, w2, w3 = blocks(index, sample, step, SIGNS, k0, k1)
     column = run // 4 % 4
     word = tl.where(column < 2, tl.where(column == 0, w0, w1), tl.where(column == 2, w2, w3))
     # The first of the run's eight bits goes to the top; the other seven follow by constants.

@@ -12,14 +12,15 @@ The inner products are sums of blocks, added up in a fixed order in a second pas
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsampler.contract import GIVEN, SIGNED_ROLL, SINCOS, Draw, StepGrads
 from gradsampler.kernels import launch
+from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import (
     LAST,
     NONE,
@@ -31,15 +32,6 @@ from gradsampler.kernels.noise import (
     tile,
     write,
 )
-
-
-class StepGrads(NamedTuple):
-    """What the backward of a step returns; None where it was not asked for."""
-
-    terms: list[Tensor | None]  # of the dtypes of the terms
-    coefs: Tensor | None  # float64, [K] or [B, K]
-    noise_coef: Tensor | None  # float64, 0-d or [B]
-    given: Tensor | None  # [B, *state]
 
 
 @triton.jit
@@ -76,16 +68,17 @@ def step_fwd_tile(
         write(model_in, base + j, number(model_scale[0], COMPUTE) * x, mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def step_fwd_kernel(
     terms, coefs, source, numbers, noise_coef, bounds, model_scale, out, model_in, size, count,
-    step, key0, key1, sign_key0, sign_key1, offset,
+    step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
     PER_SAMPLE: tl.constexpr, MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of BLOCK elements."""
     sample, first = tile(count, BLOCK, PER_SAMPLE)
-    words = (step, key0, key1, sign_key0, sign_key1, offset)
+    words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
     if MASK == LAST:
         whole = first + BLOCK <= size
@@ -104,7 +97,8 @@ def step_bwd_tile(
     g, terms, coefs, source, numbers, words, noise_coef, bounds, dterms, dz0, partial,
     sample, first, size, mask,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
-    DCOEFS: tl.constexpr, DNOISE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PLACES: tl.constexpr, DCOEFS: tl.constexpr, DNOISE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backward of the elements ``first`` .. of one sample."""
     base = sample * size
@@ -116,9 +110,8 @@ def step_bwd_tile(
         inside = (x >= number(bounds[0], COMPUTE)) & (x <= number(bounds[1], COMPUTE))
         inner = tl.where(inside, cot, 0.0)
     for k in tl.static_range(len(dterms)):
-        if dterms[k] is not None:
-            c = coefficient(coefs, k, sample, STRIDE, COMPUTE)
-            write(dterms[k], base + j, c * inner, mask)
+        c = coefficient(coefs, PLACES[k], sample, STRIDE, COMPUTE)
+        write(dterms[k], base + j, c * inner, mask)
     if dz0 is not None:
         s = coefficient(noise_coef, 0, sample, NOISE_STRIDE, COMPUTE)
         pull_back(dz0, cot, s, source, numbers, words, j, base, sample, first, size, mask,
@@ -129,41 +122,46 @@ def step_bwd_tile(
             product = read(terms[k], base + j, mask, COMPUTE) * inner
             tl.store(row + tl.program_id(0), tl.sum(product, 0))
     if DNOISE:
-        row = partial + DCOEFS * len(dterms) * tl.num_programs(0).to(tl.int64)
+        row = partial + DCOEFS * len(terms) * tl.num_programs(0).to(tl.int64)
         n = inject(tl.zeros([BLOCK], COMPUTE), 1.0, source, numbers, words, j, base, sample,
                    first, size, mask, KIND, NORMAL, BLOCK, COMPUTE)  # fmt: skip
         tl.store(row + tl.program_id(0), tl.sum(n * cot, 0))
 
 
+@Launcher
 @triton.jit(do_not_specialize=launch.UNSPECIALISED)
 def step_bwd_kernel(
     g, terms, coefs, source, numbers, noise_coef, bounds, dterms, dz0, partial, size, count,
-    step, key0, key1, sign_key0, sign_key1, offset,
+    step, seed_low, seed_high, offset, normal_low, normal_high,
     KIND: tl.constexpr, NORMAL: tl.constexpr, STRIDE: tl.constexpr, NOISE_STRIDE: tl.constexpr,
-    DCOEFS: tl.constexpr, DNOISE: tl.constexpr, PER_SAMPLE: tl.constexpr, MASK: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PLACES: tl.constexpr, DCOEFS: tl.constexpr, DNOISE: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    MASK: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of BLOCK elements; ``partial`` [rows, programs] takes its sums."""
+    """One program a tile of BLOCK elements; ``partial`` [rows, programs] takes its sums.
+
+    ``dterms`` are those that are asked for, of the terms PLACES: old Tritons know no None there.
+    """
     sample, first = tile(count, BLOCK, PER_SAMPLE)
-    words = (step, key0, key1, sign_key0, sign_key1, offset)
+    words = (step, seed_low, seed_high, offset, normal_low, normal_high)
     whole = MASK == NONE
     if MASK == LAST:
         whole = first + BLOCK <= size
     if whole:
         step_bwd_tile(g, terms, coefs, source, numbers, words, noise_coef, bounds, dterms, dz0,
                       partial, sample, first, size, None, KIND, NORMAL, STRIDE, NOISE_STRIDE,
-                      DCOEFS, DNOISE, COMPUTE, BLOCK)  # fmt: skip
+                      PLACES, DCOEFS, DNOISE, COMPUTE, BLOCK)  # fmt: skip
     else:
         step_bwd_tile(g, terms, coefs, source, numbers, words, noise_coef, bounds, dterms, dz0,
                       partial, sample, first, size, first + tl.arange(0, BLOCK) < size, KIND,
-                      NORMAL, STRIDE, NOISE_STRIDE, DCOEFS, DNOISE, COMPUTE, BLOCK)  # fmt: skip
+                      NORMAL, STRIDE, NOISE_STRIDE, PLACES, DCOEFS, DNOISE, COMPUTE,
+                      BLOCK)  # fmt: skip
 
 
 def step_fwd(
     terms: Sequence[Tensor],
     coefs: Sequence[float] | Tensor,
     z0: Tensor | None = None,
-    draw: Any = None,
+    draw: Draw | None = None,
     noise_coef: float | Tensor = 0.0,
     *,
     clamp: tuple[float, float] | None = None,
@@ -176,10 +174,10 @@ def step_fwd(
     """``clamp(sum_k coefs[k] * terms[k]) + noise_coef * n`` in one launch.
 
     Args:
-        terms: 1 to 6 tensors [B, *state], each of its own dtype and strides.
+        terms: 1 to `MAX_TERMS` tensors [B, *state], each of its own dtype and strides.
         coefs: K floats, passed by value, or a tensor [K] or [B, K].
         z0: [B, *state] initial noise, read where ``draw`` is a function of it.
-        draw: a ``noise.Draw``, or None for no noise.
+        draw: a `Draw`, or None for no noise.
         noise_coef: a float, or a tensor of one element or [B].
         clamp: (low, high) bounds of the combination, before the noise is added.
         out: [B, *state], written in place of a new tensor; may be one of the terms, but not a z0
@@ -200,7 +198,7 @@ def step_fwd(
     c, stride = launch.coefficients(coefs, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
     block = block or launch.block_size(inject_.normal, compute)
-    per_sample = inject_.kind == launch.SIGNED_ROLL or max(stride, noise_stride) > 0
+    per_sample = inject_.kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     *parts, source, result = launch.in_one_order(
         [*terms, inject_.source, out], elementwise=not (per_sample or inject_.normal)
     )
@@ -210,11 +208,11 @@ def step_fwd(
     t = launch.tiling(parts[0], per_sample, block)
     if t.programs:
         with launch.on_device(result):
-            step_fwd_kernel[(t.programs,)](
-                tuple(parts), c, source, inject_.numbers, s,
+            step_fwd_kernel(
+                t.programs, tuple(parts), c, source, inject_.numbers, s,
                 launch.numbers(clamp or (), compute),
                 launch.numbers(() if model_scale is None else (model_scale,), compute),
-                result, model_in, t.size, t.count, **inject_.words,
+                result, model_in, t.size, t.count, *inject_.words,
                 KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
                 STRIDE=stride, NOISE_STRIDE=noise_stride, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,
@@ -229,7 +227,7 @@ def step_bwd(
     terms: Sequence[Tensor],
     coefs: Sequence[float] | Tensor,
     z0: Tensor | None = None,
-    draw: Any = None,
+    draw: Draw | None = None,
     noise_coef: float | Tensor = 0.0,
     *,
     dz0: Tensor | None = None,
@@ -264,22 +262,23 @@ def step_bwd(
     kind = inject_.kind
     c, stride = launch.coefficients(coefs, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
-    per_sample = kind == launch.SIGNED_ROLL or max(stride, noise_stride) > 0
+    per_sample = kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     normal = inject_.normal and needs_noise_coef
     block = block or launch.block_size(normal, compute)
-    pulls = dz0 is not None and kind in (launch.SINCOS, launch.SIGNED_ROLL)
+    pulls = dz0 is not None and kind in (SINCOS, SIGNED_ROLL)
     pulls = pulls and not launch.is_zero(noise_coef)
     reads = needs_coefs or clamp is not None
-    given, dz0 = kind == launch.GIVEN and needs_given, dz0 if pulls else None
-    source = inject_.source if needs_noise_coef or (kind == launch.SINCOS and pulls) else None
+    given, dz0 = kind == GIVEN and needs_given, dz0 if pulls else None
+    source = inject_.source if needs_noise_coef or (kind == SINCOS and pulls) else None
     cot, source, buffer, *parts = launch.in_one_order(
         [g, source, dz0, *(terms if reads else ())],
         elementwise=not (per_sample or normal),
     )
-    dterms = tuple(
+    dterms = [
         launch.like(cot, x.dtype) if need else None
         for x, need in zip(terms, needs_terms, strict=True)
-    )
+    ]
+    places = tuple(k for k, x in enumerate(dterms) if x is not None)
     dgiven = launch.like(cot, inject_.source.dtype) if given else None
     t = launch.tiling(cot, per_sample, block)
     rows = len(terms) * needs_coefs + needs_noise_coef
@@ -287,12 +286,12 @@ def step_bwd(
     partial = torch.empty(rows, t.programs, dtype=dtype, device=g.device) if rows else None
     if t.programs and (rows or pulls or given or any(needs_terms)):
         with launch.on_device(g):
-            step_bwd_kernel[(t.programs,)](
-                cot, tuple(parts), c, source, inject_.numbers, s,
-                launch.numbers(clamp or (), compute), dterms, dgiven if given else buffer,
-                partial, t.size, t.count, **inject_.words,
+            step_bwd_kernel(
+                t.programs, cot, tuple(parts), c, source, inject_.numbers, s,
+                launch.numbers(clamp or (), compute), tuple(x for x in dterms if x is not None),
+                dgiven if given else buffer, partial, t.size, t.count, *inject_.words,
                 KIND=kind, NORMAL=launch.normals_kind(normal, t.size, per_sample),
-                STRIDE=stride, NOISE_STRIDE=noise_stride, DCOEFS=needs_coefs,
+                STRIDE=stride, NOISE_STRIDE=noise_stride, PLACES=places, DCOEFS=needs_coefs,
                 DNOISE=needs_noise_coef, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
@@ -305,4 +304,4 @@ def step_bwd(
             dcoefs = sums[: len(terms)].t() if stride > 0 else sums[: len(terms)].sum(1)
         if needs_noise_coef:
             dnoise = sums[-1] if noise_stride > 0 else sums[-1].sum()
-    return StepGrads(list(dterms), dcoefs, dnoise, dgiven)
+    return StepGrads(dterms, dcoefs, dnoise, dgiven)

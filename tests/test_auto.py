@@ -11,13 +11,18 @@ from itertools import count
 
 import pytest
 import torch
-from test_gradients import SOLVERS, Net, injecting, injections, leaf, make_noise, normal
-from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.memory import capacity
+from support.alive import Watched, no_collector
+from support.gradients import assert_close, gradients
+from support.networks import Net
+from support.noises import KINDS, injections, make_noise
+from support.problems import normal
+from support.runs import SOLVERS, injecting, leaf
+from support.tiers import pairs
 
 STEPS = 6
 SIGMAS = gs.schedules.karras(STEPS, sigma_min=0.05, sigma_max=9.0)
@@ -167,9 +172,7 @@ def test_a_run_that_64_bits_do_not_hold_keeps_its_states():
 # Agreement with plain autograd.
 
 
-@pytest.mark.parametrize("room", ROOM)
-@pytest.mark.parametrize("kind", ["signed_roll", "sincos", "given"])
-@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"midpoint_reversible"}))
+@pairs(costly=False, solver=sorted(set(SOLVERS) - {"midpoint_reversible"}), kind=KINDS, room=ROOM)
 def test_same_gradients_for_every_target(solver, kind, room, free):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "cond": {"shift": shift}}

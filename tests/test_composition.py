@@ -12,14 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import assert_close, gradients
-from test_randomness import SIGMAS, STRATEGIES, euler, replaying, strategies
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
+from support import euler as by_hand
+from support.gradients import assert_close, gradients
+from support.problems import normal
+from support.runs import leaf
+from support.strategies import STRATEGIES, replaying, strategies
+from support.tiers import pairs
+
+SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
+euler = partial(by_hand.euler, sigmas=SIGMAS)
 
 SIZE = 6
 
@@ -67,7 +73,7 @@ def assert_all_close(got, expected, tolerance=1e-12):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_activation_checkpoints_inside(dropout, memory, tmp_path):
     net = Layers(dropout)
-    expected = run(lambda net, z0: euler(net, z0), net)
+    expected = run(euler, net)
     net.around = partial(checkpoint, use_reentrant=False)
     assert_all_close(run(strategy(memory, tmp_path), net), expected)
 
@@ -111,7 +117,7 @@ def test_autocast(where, memory, tmp_path):
     # The state, rounded to bfloat16 on its way in, may differ in its last bit; the casts of
     # weights collect their gradients in bfloat16 in one run, and in float32 in another.
     assert_all_close(got, expected, 2e-2)
-    exact = run(lambda net, z0: euler(lambda x, s: net(x, s), z0), net, torch.float32)
+    exact = run(euler, net, torch.float32)
     assert (got[1] - exact[1]).norm() > 1e-4 * exact[1].norm()  # there were bfloat16 numbers
 
 
@@ -139,12 +145,11 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@strategies
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pairs(solver=["euler", "heun"], memory=STRATEGIES)
 @compiling
 def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
     net = Layers()
-    expected = run(strategy("store", None, solver), net)
+    expected = run(strategy("store", tmp_path, solver), net)
     if solver == "euler":
         assert_all_close(expected, run(euler, net))
     counter = CompileCounterWithBackend("aot_eager")
@@ -167,7 +172,7 @@ def test_a_denoiser_compiled_to_machine_code(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     net = Layers(dtype=torch.float32)
     compiled, expected = torch.compile(net), run(euler, net, torch.float32)
-    for memory in ("checkpoint", "two levels"):
+    for memory in ("checkpoint", "revolve:1+2 to a folder"):
         assert_all_close(run(strategy(memory, tmp_path), compiled, torch.float32), expected, 1e-5)
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_gradients import LEVELS, levels, normal
 
 import gradsampler as gs
+from support.problems import normal
+from support.runs import LEVELS, levels
 
 SIGMAS = levels(LEVELS)  # 3 steps, so 3 injections of a stochastic run
 TIMES = levels([0.9, 0.5, 0.2])

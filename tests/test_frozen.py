@@ -3,51 +3,21 @@
 
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import assert_close, gradients, no_collector
-from test_randomness import STRATEGIES, euler, strategies
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.memory import freeze
+from gradsampler.memory.planning.gauge import Live
+from support.alive import no_collector
+from support.euler import euler
+from support.gradients import assert_close, gradients
+from support.problems import normal
+from support.runs import leaf
+from support.strategies import STRATEGIES, strategies
 
 BATCH, WIDTH, SIDE = 2, 8, 16
-STATE = BATCH * WIDTH * SIDE**2  # elements
-
-
-def storages(tree):
-    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
-    return [(s := x.untyped_storage(), s.nbytes() // x.element_size()) for x in tensors]
-
-
-class Ledger(TorchDispatchMode):
-    """The storages made while it is on, and how many elements of them are still there."""
-
-    def __init__(self):
-        super().__init__()
-        self.made, self.given = {}, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for storage, _ in storages((args, kwargs)):
-            if not self.known(storage, self.made):
-                self.given[storage._cdata] = (StorageWeakRef(storage), 0)
-        output = function(*args, **kwargs)
-        for storage, size in storages(output):
-            if not self.known(storage, self.given):
-                self.made[storage._cdata] = (StorageWeakRef(storage), size)
-        return output
-
-    @staticmethod
-    def known(storage, table):
-        return storage._cdata in table and not table[storage._cdata][0].expired()
-
-    def alive(self):
-        return sum(size for reference, size in self.made.values() if not reference.expired())
+STATE = 4 * BATCH * WIDTH * SIDE**2  # bytes in float32
 
 
 class Attention(nn.Module):
@@ -80,13 +50,12 @@ def plainly(net):
 
 
 def kept(layer, x):
-    """Elements that a call's graph keeps beside the layer's output, in units of its input's."""
-    with no_collector(), Ledger() as ledger:
+    """Bytes that a call's graph keeps beside the layer's output, in units of its input's."""
+    with no_collector(), Live() as counter:
         h = x.detach().requires_grad_() * 2
-        size, y = h.numel(), layer(h)
+        size, y = h.untyped_storage().nbytes(), layer(h)
         del h
-        own = y.untyped_storage().nbytes() // y.element_size()
-        return (ledger.alive() - own) / size
+        return (counter.live - y.untyped_storage().nbytes()) / size
 
 
 IMAGE, ROWS = (BATCH, WIDTH, SIDE, SIDE), (BATCH, 64)
@@ -124,18 +93,18 @@ def test_what_a_layer_keeps(name):
 
 
 def alive(prepare, memory, steps):
-    """Elements that are there between a run and its backward, and at most within it."""
+    """States that are there between a run and its backward, and at most within it."""
     net, z0, within = prepare(network(dtype=torch.float32)), normal(*IMAGE).float(), []
     z0.requires_grad_()
 
     def denoiser(x, sigma):
         y = net(x)
-        within.append(ledger.alive())
+        within.append(counter.live / STATE)
         return y
 
-    with no_collector(), Ledger() as ledger:
+    with no_collector(), Live() as counter:
         x = gs.sample(denoiser, z0, gs.schedules.karras(steps), memory=memory)
-        between = ledger.alive()
+        between = counter.live / STATE
         within.clear()
         torch.autograd.grad(x.sum(), z0)
         return between, max(within, default=0)
@@ -153,25 +122,26 @@ NEEDED, FOR_WEIGHTS = 2 + 2 + 3 + 1, 3
 )
 def test_store_keeps_what_a_call_needs(prepare, states):
     few, many = (alive(prepare, "store", steps)[0] for steps in (3, 7))
-    assert states <= (many - few) / 4 / STATE < states + 0.2
+    assert states <= (many - few) / 4 < states + 0.2
 
 
 def test_frozen_without_forgetting_is_in_between():
     few, many = (alive(plainly, "store", steps)[0] for steps in (3, 7))
-    assert NEEDED <= (many - few) / 4 / STATE < NEEDED + FOR_WEIGHTS - 0.8
+    assert NEEDED <= (many - few) / 4 < NEEDED + FOR_WEIGHTS - 0.8
 
 
 @pytest.mark.parametrize("memory", ["checkpoint", "revolve:2"])
 def test_the_peak_of_one_call_goes_down_as_well(memory):
     (_, free), (_, frozen) = (alive(prepare, memory, 5) for prepare in (thawed, freeze))
-    gradients = sum(p.numel() for p in network().parameters())  # one set, summed over the calls
-    assert (FOR_WEIGHTS * STATE) <= free - frozen <= FOR_WEIGHTS * STATE + gradients
+    # Of gradients to the parameters one set, summed over the calls.
+    gradients = sum(4 * p.numel() for p in network().parameters()) / STATE
+    assert FOR_WEIGHTS <= free - frozen <= FOR_WEIGHTS + gradients
 
 
 @pytest.mark.parametrize("prepare", [thawed, freeze])
 def test_checkpoint_keeps_states_alone(prepare):
     few, many = (alive(prepare, "checkpoint", steps)[0] for steps in (3, 7))
-    assert 1 <= (many - few) / 4 / STATE < 1.05  # and the sketches of the outputs
+    assert 1 <= (many - few) / 4 < 1.05  # and the sketches of the outputs
 
 
 # The gradients are the same.
@@ -180,9 +150,9 @@ def test_checkpoint_keeps_states_alone(prepare):
 @strategies
 def test_gradients_of_a_frozen_network(memory, tmp_path):
     z0, free, frozen = leaf(normal(*IMAGE)), network(), freeze(network())
-    (wanted,) = gradients(euler(lambda x, s: free(x), z0), [z0])
-    options = {"memory": STRATEGIES[memory](tmp_path)}
     sigmas = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
+    (wanted,) = gradients(euler(lambda x, s: free(x), z0, sigmas), [z0])
+    options = {"memory": STRATEGIES[memory](tmp_path)}
     got = gradients(gs.sample(lambda x, s: frozen(x), z0, sigmas, **options), [z0])
     assert_close(*got, wanted)
     assert all(p.grad is None for p in frozen.parameters())

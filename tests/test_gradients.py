@@ -5,101 +5,23 @@ import math
 
 import pytest
 import torch
-from torch import nn
-from torch.autograd import gradcheck
 
 import gradsampler as gs
+from support.gradients import check
+from support.networks import Net
+from support.noises import KINDS, injections, make_noise
+from support.problems import normal
+from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels, solvers
+from support.strategies import MEMORIES, memories
+from support.tiers import pairs
 
-MEMORIES = ("store", "checkpoint")
-SOLVERS = gs.solvers.names()
 FLOW_SOLVERS = gs.solvers.names(flow=True)
-NOISES = {
-    "off": gs.noise.Off,
-    "sincos": lambda: gs.noise.SinCos(phase_rate=0.3, sin_amp=0.4, cos_amp=0.2),
-    "signed_roll": lambda: gs.noise.SignedRoll(seed=5),
-    "philox": lambda: gs.noise.Philox(seed=7),
-    "mixture": lambda: gs.noise.Mixture(gs.noise.SignedRoll(seed=1), angle=0.6, seed=2),
-    "given": None,  # its tensors are made for the run
-}
-LEVELS = (3.0, 1.3, 0.7, 0.3)  # N = 3
 TIMES = (0.95, 0.6, 0.35, 0.1)
-ABAR = torch.tensor([0.98, 0.8, 0.5, 0.2, 0.03], dtype=torch.float64)
 
 # Central differences at 1e-5 err by about 1e-10, from the third derivative and from rounding.
-TOLERANCE = {"eps": 1e-5, "atol": 1e-7, "rtol": 1e-6}
-
-memories = pytest.mark.parametrize("memory", MEMORIES)
-solvers = pytest.mark.parametrize("solver", SOLVERS)
 
 
-class Net(nn.Module):
-    """A small smooth network that uses its state, its level, its conditioning, and parameters."""
-
-    def __init__(self, size=3, dtype=torch.float64):
-        super().__init__()
-        generator = torch.Generator().manual_seed(11)
-        draw = torch.randn(size, size, generator=generator, dtype=torch.float64)
-        self.weight = nn.Parameter((0.5 * draw + torch.eye(size, dtype=torch.float64)).to(dtype))
-        self.bias = nn.Parameter(torch.linspace(-0.3, 0.4, size, dtype=dtype))
-
-    def forward(self, x, sigma, shift=None):
-        column = sigma.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-        hidden = torch.tanh(x @ self.weight / (1 + 0.3 * column) + self.bias)
-        return hidden * torch.cos(0.4 * column) + (0 if shift is None else 0.4 * shift * x.sin())
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def levels(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def leaf(x):
-    return x.detach().clone().requires_grad_()
-
-
-class Counting(gs.noise.Off):
-    """Tells how many noises a run injects."""
-
-    def prepare(self, z0, steps):
-        object.__setattr__(self, "count", len(steps))
-        return self
-
-
-def injecting(name):
-    """Options with which the solver of that name really injects noise."""
-    solver = gs.solvers.resolve(name)
-    if not solver.stochastic:
-        return {"churn": gs.Churn(0.9, s_noise=1.1)}
-    return {"eta": 0.7} if hasattr(solver, "eta") else {}
-
-
-def injections(z0, sigmas, **options):
-    counting = Counting()
-    gs.sample(lambda x, sigma: 0.5 * x, z0, sigmas, noise=counting, **options)
-    return counting.count
-
-
-def make_noise(kind, count, z0, like=torch.float64):
-    """The noise of that kind, and its tensors that require grad."""
-    if kind != "given":
-        return NOISES[kind](), []
-    tensors = [leaf(normal(*z0.shape, seed=50 + k, dtype=like)) for k in range(count)]
-    return gs.noise.Given(tensors), tensors
-
-
-def check(run, *inputs, whole=False):
-    """Every input's gradient against central differences: a projection or the whole Jacobian."""
-    options = {"fast_mode": not whole, "check_undefined_grad": False}
-    assert gradcheck(lambda *_: run(), inputs, **options, **TOLERANCE)
-
-
-@memories
-@pytest.mark.parametrize("kind", NOISES)
-@solvers
+@pairs(solver=SOLVERS, kind=KINDS, memory=MEMORIES)
 def test_every_target_at_once(solver, kind, memory):
     z0, upper, shift, net = leaf(normal(2, 3)), leaf(levels(LEVELS[:-1])), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver}
@@ -283,7 +205,7 @@ def test_with_churn_in_a_window(memory):
     z0, sigmas, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), Net()
     churn = gs.Churn(0.8, s_tmin=0.5, s_tmax=2.0, s_noise=0.9)
     assert injections(z0.detach(), sigmas.detach(), churn=churn) == 2
-    for kind in NOISES:
+    for kind in KINDS:
         noise, tensors = make_noise(kind, 2, z0)
         check(
             lambda noise=noise: gs.sample(

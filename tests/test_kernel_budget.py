@@ -47,10 +47,10 @@ def hopper():
 VARIANTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import kernel_budget
 import torch
+from support.absent_gpu import recorded, variant
 from gradsampler.kernels import leap, step
-from gradsampler.noise.sources import SIGNED_ROLL, SINCOS, Draw
+from gradsampler.contract import SIGNED_ROLL, SINCOS, Draw
 
 x = torch.empty(2, 64)
 for kind in (SINCOS, SIGNED_ROLL):
@@ -59,26 +59,26 @@ for kind in (SINCOS, SIGNED_ROLL):
         for index in (0, 1, 16, 17):
             draw = Draw(kind, index, seed=index * 2**31, offset=index or 3, normal=0.5,
                         normal_seed=index + 2**40, rate=0.1 * index, amplitude=index)
-            with kernel_budget.recorded_launches() as launches:
+            with recorded() as calls:
                 step.step_fwd([x.to(dtype)], [float(index)], x, draw, 0.5 * index + 1)
-            variants.add(kernel_budget.source(*launches[0][:2]).hash())
+            variants.add(variant(calls[0]))
         assert len(variants) == 1, (kind, dtype)
 
 carried, overflow = torch.empty(2, 64, dtype=torch.int64), torch.empty(1, dtype=torch.int32)
 variants = set()
 for sign in (1, -1):
     draw = Draw(SINCOS, sign + 1, rate=0.1, amplitude=sign)
-    with kernel_budget.recorded_launches() as launches:
+    with recorded() as calls:
         leap.leap(carried, [x], [float(sign)], x, draw, 1.0, sign=sign, scale=sign + 2.0,
                   overflow=overflow, out_dtype=torch.float32)
-    assert launches[0].options == {"enable_fp_fusion": False}  # else bits might differ
-    variants.add(kernel_budget.source(*launches[0][:2]).hash())
+    assert calls[0].options["enable_fp_fusion"] is False  # else bits might differ
+    variants.add(variant(calls[0]))
 assert len(variants) == 1
 """
 
 
 def test_no_step_compiles_a_kernel_anew():
-    command = [sys.executable, "-P", "-c", VARIANTS, str(SCRIPT.parent)]
+    command = [sys.executable, "-P", "-c", VARIANTS, str(Path(__file__).parent)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -102,6 +102,9 @@ def test_every_kernel_has_its_rows(hopper):
         "step_fwd+model_in",
         "step_bwd",
         "adjoint_step",
+        "step_fwd 12 terms",
+        "step_bwd 12 terms",
+        "adjoint_step 12 terms",
         "leap int32",
         "leap int64",
         "ancestral_step_fwd",
@@ -135,9 +138,10 @@ def test_kernels_are_bound_by_memory(hopper):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_architectures(arch):
     kernels = ["step_fwd", "step_bwd", "adjoint_step", "leap int64"]
+    kernels += ["step_fwd 12 terms", "step_bwd 12 terms", "adjoint_step 12 terms"]
     options = [x for k in kernels for x in ("--kernel", k)]
     rows = budget("--arch", arch, *options, "--noise", "off", "--noise", "sincos")
-    assert len(rows) == 16
+    assert len(rows) == 22
     for row in rows:
         assert (row["stack"], row["spills"]) == (0, 0), row
         widths_hold(row)

@@ -22,11 +22,11 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from gradsampler import noise  # noqa: E402
+from gradsampler import contract, noise  # noqa: E402
 from gradsampler.kernels import adjoint, step  # noqa: E402
 from gradsampler.kernels.philox import philox4x32  # noqa: E402
 from gradsampler.kernels.sincos import wave  # noqa: E402
-from gradsampler.noise import philox, sources  # noqa: E402
+from gradsampler.noise import philox  # noqa: E402
 
 INTERPRETED = DEVICE == "cpu"
 assert isinstance(tl.zeros, triton.JITFunction) != INTERPRETED, (
@@ -123,7 +123,7 @@ def test_ragged_shapes_and_block_sizes(kind, shape, block):
 
 
 @pytest.mark.parametrize("size", [1, 16, 255, 257, 1024, 1040])
-@pytest.mark.parametrize("terms", [1, 6])
+@pytest.mark.parametrize("terms", [1, contract.MAX_TERMS])
 def test_every_kind_of_mask(size, terms):
     xs = [randn(1, size) for _ in range(terms)]
     coefs = [0.3 * (k + 1) for k in range(terms)]
@@ -224,7 +224,7 @@ def test_second_output_is_the_scaled_and_cast_result():
 
 def test_given_noise():
     x, n = randn(2, 100), randn(2, 100, dtype=torch.float16)
-    draw = sources.Draw(sources.GIVEN, STEP, weight=0.5, given=n)
+    draw = contract.Draw(contract.GIVEN, STEP, weight=0.5, given=n)
     close(step.step_fwd([x], [0.5], None, draw, 0.8), 0.5 * x.double() + 0.4 * n.double())
 
 
@@ -261,6 +261,28 @@ def test_backward_is_the_transpose(kind, dtype):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     close(got.coefs, dcoefs, compute, 10)
     close(got.noise_coef, damount, compute, 10)
+
+
+def test_backward_of_the_most_terms():
+    count = contract.MAX_TERMS
+    terms, coefs = [randn(2, 130) for _ in range(count)], [0.3 * (k - 4) for k in range(count)]
+    g, z0, dz0, source = (
+        randn(2, 130),
+        randn(2, 130),
+        torch.zeros(2, 130, device=DEVICE),
+        noise.SinCos(),
+    )
+    bounds = (-4.0, 4.0)
+    got = step.step_bwd(
+        g, terms, coefs, z0, source.draw(z0, STEP, STEPS), 0.8, dz0=dz0, clamp=bounds,
+        needs_terms=[True] * count, needs_coefs=True, needs_noise_coef=True,
+    )  # fmt: skip
+    want, dcoefs, want_dz0, damount = gradients(g, terms, coefs, z0, source, 0.8, bounds)
+    for mine, each in zip(got.terms, want, strict=True):
+        close(mine, each)
+    close(dz0, want_dz0)
+    close(got.coefs, dcoefs, torch.float32, 10)
+    close(got.noise_coef, damount, torch.float32, 10)
 
 
 @pytest.mark.parametrize("kind", ["sincos", "signed_roll", "philox+signed_roll"])
@@ -348,7 +370,7 @@ def test_clamp_masks_the_terms_and_not_the_noise():
 
 def test_cotangent_of_given_noise():
     x, n, g = randn(2, 30), randn(2, 30, dtype=torch.float16), randn(2, 30)
-    draw = sources.Draw(sources.GIVEN, STEP, weight=0.5, given=n)
+    draw = contract.Draw(contract.GIVEN, STEP, weight=0.5, given=n)
     got = step.step_bwd(g, [x], [0.5], None, draw, 0.8, needs_terms=[False], needs_given=True)
     assert got.given.dtype == torch.float16
     close(got.given, 0.4 * g.double())
@@ -401,6 +423,19 @@ def test_adjoint_step_is_three_steps_at_once(kind, dtype):
     close(mu, 2 * lams[0].double() + 0.75 * want)
     pulled = source.transpose(want, z0.double(), STEP, STEPS).z0
     close(dz0, start.double() + (0 if pulled is None else 0.8 * pulled))
+
+
+def test_adjoint_step_of_the_most_terms():
+    count, source = contract.MAX_TERMS - 1, noise.SignedRoll(2**63 + 5)
+    lams, g, z0 = [randn(2, 301) for _ in range(count)], randn(2, 301), randn(2, 301)
+    a, b = ([0.2 * (k - c) for k in range(count + 1)] for c in (3, 7))
+    dz0 = torch.zeros(2, 301, device=DEVICE)
+    draw = source.draw(z0, STEP, STEPS)
+    lam, mu = adjoint.adjoint_step(lams, a[:-1], g, a[-1], b, z0, draw, 0.8, dz0)
+    want = sum(c * x.double() for c, x in zip(a, [*lams, g], strict=True))
+    close(lam, want)
+    close(mu, sum(c * x.double() for c, x in zip(b, lams, strict=False)) + b[-1] * want)
+    close(dz0, 0.8 * source.transpose(want, z0.double(), STEP, STEPS).z0)
 
 
 def test_adjoint_step_without_its_options():
@@ -488,7 +523,7 @@ def test_every_roll_wraps_right():
     z0, zero = randn(2, 300), torch.zeros(2, 300, device=DEVICE)
     signs = philox.signs(2, 300, 4, 9, torch.device(DEVICE))
     for offset in (1, 2, 127, 128, 129, 256, 298, 299):
-        draw = sources.Draw(sources.SIGNED_ROLL, 4, seed=9, offset=offset)
+        draw = contract.Draw(contract.SIGNED_ROLL, 4, seed=9, offset=offset)
         got = step.step_fwd([zero], [0.0], z0, draw, 1.0, block=128)
         assert torch.equal(got, signs * z0.roll(offset, 1))
         dz0 = torch.zeros_like(z0)
@@ -500,7 +535,7 @@ def test_every_roll_wraps_right():
 def test_normals_are_the_same_for_any_block_size_and_tiling(dtype):
     zero = torch.zeros(3, 333, dtype=dtype, device=DEVICE)
     want = philox.normals(999, 5, 2**40 + 1, dtype, torch.device(DEVICE)).view(3, 333)
-    draw = sources.Draw(sources.OFF, 5, normal=1.0, normal_seed=2**40 + 1)
+    draw = contract.Draw(contract.OFF, 5, normal=1.0, normal_seed=2**40 + 1)
     whole, *others = [
         *(step.step_fwd([zero], [0.0], None, draw, 1.0, block=b) for b in (128, 256, 2048)),
         # Coefficients of each sample make tiles that start between two Philox blocks.
@@ -514,7 +549,7 @@ def test_normals_are_the_same_for_any_block_size_and_tiling(dtype):
 
 def test_normals_are_accurate_in_float32():
     zero = torch.zeros(1, 20000, device=DEVICE)
-    draw = sources.Draw(sources.OFF, 1, normal=1.0, normal_seed=3)
+    draw = contract.Draw(contract.OFF, 1, normal=1.0, normal_seed=3)
     got = step.step_fwd([zero], [0.0], None, draw, 1.0, block=4096)
     want = philox.normals(20000, 1, 3, torch.float64, torch.device(DEVICE))
     assert (got.double() - want).abs().max() < 1e-6
@@ -563,7 +598,7 @@ def test_sincos_is_accurate_in_every_dtype():
     # Without a fused multiply-add the reduced argument keeps the rounding of rate * z.
     for dtype, bound in ((torch.float32, 3e-5), (torch.float64, 2e-13)):
         z0 = torch.linspace(-4, 4, 3000, dtype=dtype, device=DEVICE)[None]
-        draw = sources.Draw(sources.SINCOS, 1, gain=0.0, rate=250.0, amplitude=1.0, phase=0.4)
+        draw = contract.Draw(contract.SINCOS, 1, gain=0.0, rate=250.0, amplitude=1.0, phase=0.4)
         got = step.step_fwd([z0], [0.0], z0, draw, 1.0)
         want = torch.sin(250.0 * z0.double() + 0.4)
         assert (got.double() - want).abs().max() < bound * (4 if INTERPRETED else 1)

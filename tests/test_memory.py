@@ -5,7 +5,6 @@ The oracle is a loop in plain torch around the same denoiser, differentiated by 
 strategies are compared with each other only in addition to it.
 """
 
-import gc
 import re
 import warnings
 from contextlib import contextmanager
@@ -14,46 +13,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_gradients import (
-    LEVELS,
-    NOISES,
-    SOLVERS,
-    Net,
-    injecting,
-    injections,
-    leaf,
-    levels,
-    make_noise,
-    memories,
-    normal,
-)
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import gradsampler as gs
+from support.alive import Watched, no_collector
+from support.euler import euler
+from support.gradients import assert_close, gradients
+from support.networks import Net
+from support.noises import KINDS, injections, make_noise
+from support.problems import normal
+from support.runs import LEVELS, SOLVERS, injecting, leaf, levels
+from support.strategies import memories
+from support.tiers import pairs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative, in the L2 norm
 SIGMAS = levels(LEVELS)
 STEPS = 6
 MANY = gs.schedules.karras(STEPS, sigma_min=0.05, sigma_max=9.0)
-
-
-def euler(denoiser, z0, sigmas=SIGMAS, **cond):
-    """Euler's method as one would write it by hand."""
-    x = sigmas[0] * z0
-    for s, t in pairwise(sigmas):
-        slope = (x - denoiser(x, s.to(x.dtype).expand(len(x)), **cond)) / s
-        x = x + (t - s) * slope
-    return x
-
-
-def gradients(output, inputs, **options):
-    return torch.autograd.grad(output.sin().sum(), inputs, **options)
-
-
-def assert_close(got, expected, tolerance=1e-12, what=""):
-    error = (got.double() - expected.double()).norm()
-    assert error <= tolerance * expected.double().norm(), f"{what}: {error} of {expected.norm()}"
 
 
 def assert_same_gradients(output, expected, inputs, tolerance=1e-12):
@@ -68,15 +45,13 @@ def assert_same_gradients(output, expected, inputs, tolerance=1e-12):
 # Agreement of the strategies.
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", NOISES)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pairs(costly=False, solver=SOLVERS, kind=KINDS, dtype=TOLERANCE)
 def test_strategies_agree_on_every_target(solver, kind, dtype):
     z0, net = leaf(normal(4, 5, dtype=dtype)), Net(size=5, dtype=dtype)
     sigmas, shift = leaf(MANY), leaf(normal(5, dtype=dtype))
     options = injecting(solver) | {"solver": solver}
     count = injections(z0.detach(), sigmas.detach(), **options)
-    noise, tensors = make_noise(kind, count, z0, like=dtype)
+    noise, tensors = make_noise(kind, count, z0)
     inputs = [z0, shift, *net.parameters(), *tensors]
     store, checkpoint = (
         gs.sample(net, z0, sigmas, noise=noise, cond={"shift": shift}, memory=memory, **options)
@@ -110,38 +85,6 @@ def test_memory_names_and_objects():
 
 
 # What is alive when.
-
-
-class Watched:
-    """A denoiser that keeps an eye on its activations and its inputs."""
-
-    def __init__(self):
-        self.weight = leaf(normal(3, seed=3))
-        self.activations = []
-        self.states = []
-        self.alive = []  # at each call: earlier activations and earlier inputs still there
-
-    def __call__(self, x, sigma):
-        self.alive.append((self.count(self.activations), self.count(self.states)))
-        hidden = torch.tanh(x * self.weight)
-        self.activations.append(StorageWeakRef(hidden.untyped_storage()))
-        self.states.append(StorageWeakRef(x.untyped_storage()))
-        return hidden * hidden
-
-    @staticmethod
-    def count(references):
-        return sum(not reference.expired() for reference in references)
-
-
-@contextmanager
-def no_collector():
-    """Memory must go by reference counts: on a GPU nobody waits for the cycle collector."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def test_store_keeps_all_activations():

@@ -75,7 +75,7 @@ inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 h) { return h.x; }
 """
 RUN = """
 import ctypes, sys, torch, pytest
-from gradsampler import native
+from gradsampler.ops import native
 ctypes.CDLL(sys.argv[1])
 quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow"]
 sys.exit(pytest.main([*quiet, *sys.argv[2:]]))

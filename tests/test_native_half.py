@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from gradsampler import noise
-from gradsampler.noise import sources
+from gradsampler import contract, noise
 from gradsampler.ops import native
+from support.native_devices import DEVICES, default
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -18,10 +18,16 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 HALVES = pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 
 
-@pytest.fixture(params=native.isas(), autouse=True)
-def _isa(request):
-    native.use_isa(request.param)
-    yield
+# The CPU by each of its instruction sets, and a GPU.
+PLACES = [*(("cpu", isa) for isa in native.isas()), *(("cuda", "") for d in DEVICES if d == "cuda")]
+
+
+@pytest.fixture(params=PLACES, autouse=True, ids="-".join)
+def _place(request):
+    device, isa = request.param
+    native.use_isa(isa or native.isas()[0])
+    with default(device):
+        yield
     native.use_isa(native.isas()[0])
 
 
@@ -67,7 +73,7 @@ def test_a_nan_of_any_payload_stays_one():
     x = torch.tensor(payloads, dtype=torch.int32).view(F32).repeat(7)[None]
     assert x.isnan().all()
     assert native.step_fwd([x], [1.0], out_dtype=BF16).isnan().all()
-    noisy = sources.Draw(sources.GIVEN, 0, given=x)
+    noisy = contract.Draw(contract.GIVEN, 0, given=x)
     ones = torch.ones(x.shape, dtype=BF16)
     assert native.step_fwd([ones], [1.0], None, noisy, 1.0).isnan().all()
 
@@ -119,7 +125,7 @@ def test_sincos_over_the_whole_range(rate, layout, dtype):
     if layout == "strided":
         z0 = z0.repeat_interleave(2, 1)[:, ::2]
     for phase in (0.0, 1.0, -3.0):
-        draw = sources.Draw(sources.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
+        draw = contract.Draw(contract.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
         got = native.step_fwd([z0], [0.0], z0, draw, 1.0).double()
         exact = torch.sin(rate * z0.double() + phase)
         # The rounding of the stored result; the sine's own error is far below it.
@@ -131,7 +137,7 @@ def test_sincos_over_the_whole_range(rate, layout, dtype):
 @HALVES
 def test_sincos_beyond_all_phase_stays_small(dtype):
     z0 = torch.tensor([[1e35, -1e30, 2.0**33, 6e4, -5e4, math.inf, math.nan] * 5]).to(dtype)
-    draw = sources.Draw(sources.SINCOS, 3, rate=100.0, amplitude=1.0, phase=0.3)
+    draw = contract.Draw(contract.SINCOS, 3, rate=100.0, amplitude=1.0, phase=0.3)
     got = native.step_fwd([z0], [0.0], z0, draw, 1.0)
     finite = z0.isfinite()
     assert (got[finite].double().abs() <= 1 + 4e-5 * z0[finite].double().abs()).all()

@@ -6,6 +6,7 @@ import torch
 
 from gradsampler.ops import native
 from support.leaps import F32, F64, I32, I64, Case, Leaps, kinds
+from support.native_devices import DEVICES
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -17,9 +18,9 @@ def leap():
     return native.leap
 
 
-@pytest.fixture
-def device():
-    return "cpu"
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 
 from gradsampler.noise import philox
 from gradsampler.ops import native, reference
+from support.native_devices import DEVICES, default
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -14,6 +15,12 @@ pytestmark = pytest.mark.skipif(
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F64: 1e-12, F32: 5e-6, BF16: 2**-7, F16: 2**-9}
 ROW = [1.3, 0.9, 0.6, 0.35, -1.0, -3.5]
+
+
+@pytest.fixture(params=DEVICES, autouse=True)
+def _on_device(request):
+    with default(request.param):
+        yield
 
 
 def near(got, expected, dtype):
@@ -141,6 +148,7 @@ def test_an_ancestral_step_without_noise(learned):
 
 @pytest.mark.parametrize("nonzero", [0.5, torch.tensor(0.5), torch.tensor([0.5, 0.0])])
 def test_a_factor_of_the_noise_that_is_not_one(nonzero):
+    nonzero = nonzero if isinstance(nonzero, float) else nonzero.to(torch.get_default_device())
     x = torch.randn(2, 3, 5, dtype=F64)
     got = native.ancestral_step_fwd(x, x, x, ROW, nonzero=nonzero)
     near(got, reference.ancestral_step_fwd(x, x, x, ROW, nonzero=nonzero), F64)

@@ -7,6 +7,7 @@ from torch import nn
 
 import gradsampler as gs
 from gradsampler.ops import backends
+from support.native_devices import DEVICES
 from support.problems import normal
 
 pytestmark = pytest.mark.skipif(
@@ -48,13 +49,15 @@ class Halves(nn.Module):
         return self.net(x)
 
 
-def gradients(solver, name, memory, dtype, backend):
+def gradients(solver, name, memory, dtype, backend, device):
     """A sample and its gradients to z0, levels, parameter, condition and given noises."""
-    net = Net(dtype)
-    z0 = normal(*SHAPE, seed=1).to(dtype).requires_grad_()
+
+    def leaf(*shape, seed):
+        return normal(*shape, seed=seed).to(device, dtype).requires_grad_()
+
+    net, z0, shift = Net(dtype).to(device), leaf(*SHAPE, seed=1), leaf(7, seed=2)
     sigmas = gs.schedules.karras(STEPS, 0.1, 5.0).requires_grad_()
-    shift = normal(7, seed=2).to(dtype).requires_grad_()
-    given = [normal(*SHAPE, seed=20 + k).to(dtype).requires_grad_() for k in range(STEPS)]
+    given = [leaf(*SHAPE, seed=20 + k) for k in range(STEPS)]
     source = NOISES[name] or gs.noise.Given(given)
     # None is for a solver with noise of its own.
     churn = None if gs.solvers.resolve(solver).stochastic else gs.Churn(2.0)
@@ -63,18 +66,18 @@ def gradients(solver, name, memory, dtype, backend):
         eta=0.5 if solver == "ddim" else None, cond={"shift": shift}, backend=backend,
     )  # fmt: skip
     leaves = [z0, sigmas, net.weight, shift, *given]
-    loss = (x * normal(*SHAPE, seed=3).to(dtype)).sum()
+    loss = (x * leaf(*SHAPE, seed=3).detach()).sum()
     return x.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 @pytest.mark.parametrize("memory", ["store", "checkpoint"])
 @pytest.mark.parametrize("name", NOISES)
 @pytest.mark.parametrize("solver", gs.solvers.names())
-def test_a_run_and_its_gradients_agree_with_the_reference(solver, name, memory):
-    exact = gradients(solver, name, memory, F64, "reference")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_and_its_gradients_agree_with_the_reference(device, solver, name, memory):
     for dtype, tolerance in ((F64, 1e-12), (F32, 1e-5)):
-        expected = exact if dtype == F64 else gradients(solver, name, memory, F32, "reference")
-        got = gradients(solver, name, memory, dtype, "cpu")
+        expected = gradients(solver, name, memory, dtype, "reference", device)
+        got = gradients(solver, name, memory, dtype, device, device)
         for mine, theirs in zip(got, expected, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None:
@@ -101,16 +104,17 @@ def test_a_run_is_the_same_for_any_number_of_threads(memory):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_16_bits(dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_in_16_bits(device, dtype):
     torch.manual_seed(0)
-    net = nn.Linear(7, 7).to(dtype)
+    net = nn.Linear(7, 7).to(device, dtype)
     sigmas = gs.schedules.karras(STEPS, 0.1, 5.0)
     found = {}
-    for backend in ("cpu", "reference"):
-        z0 = normal(*SHAPE).to(F32).requires_grad_()
+    for backend in (device, "reference"):
+        z0 = normal(*SHAPE).to(device, F32).requires_grad_()
         x = gs.sample(
             Halves(net), z0, sigmas, churn=gs.Churn(2.0), memory="checkpoint", backend=backend
         )
         found[backend] = (x.detach(), *torch.autograd.grad(x.square().sum(), z0))
-    for mine, theirs in zip(found["cpu"], found["reference"], strict=True):
+    for mine, theirs in zip(found[device], found["reference"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05 * theirs.abs().max().item())

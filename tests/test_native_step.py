@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from gradsampler import noise
-from gradsampler.noise import sources
+from gradsampler import contract, noise
+from gradsampler.contract import MAX_TERMS
 from gradsampler.ops import native, reference
+from support.native_devices import DEVICES, default
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -36,14 +37,15 @@ MIXTURES = {
     "f64_bf16_to_f16": (F64, BF16, F32, F16),
 }
 SHAPES = [(1, 2), (3, 5, 7), (2, 257), (1, 255), (2, 3, 1025), (5, 1024), (2, 2049)]
-COEFS = [0.3, -1.2, 0.5, 0.25, -0.75, 1.5]
+COEFS = [0.3, -1.2, 0.5, 0.25, -0.75, 1.5, 0.9, -0.4, 0.15, -1.1, 0.6, 0.35]
 
 
-@pytest.fixture(autouse=True)
-def _best_isa():
-    torch.manual_seed(0)
+@pytest.fixture(params=DEVICES, autouse=True)
+def _on_device(request):
     native.use_isa(native.isas()[0])
-    yield
+    with default(request.param):
+        torch.manual_seed(0)
+        yield
     native.use_isa(native.isas()[0])
 
 
@@ -93,7 +95,7 @@ def test_step_forward(name, mixture):
         near(out, expected, out_dtype)
 
 
-@pytest.mark.parametrize("count", range(1, 7))
+@pytest.mark.parametrize("count", range(1, MAX_TERMS + 1))
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 def test_any_number_of_terms_coefficients_by_float_call_and_sample(count, dtype):
     shape = (3, 2, 701)
@@ -162,7 +164,7 @@ def test_sincos_over_the_whole_range(rate, dtype):
     for isa in native.isas():
         native.use_isa(isa)
         for phase in (0.0, 1.0, -3.0):
-            draw = sources.Draw(sources.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
+            draw = contract.Draw(contract.SINCOS, 3, rate=rate, amplitude=1.0, phase=phase)
             got = native.step_fwd([z0], [0.0], z0, draw, 1.0)
             exact = torch.sin(rate * z0.double() + phase)
             # The oracle's argument rounds in float64; without fused multiply-add the kernel's
@@ -220,6 +222,31 @@ def test_step_backward(mixture, name, per_sample, clamp):
         near(dnoise / size, grads[4] / size, F64 if mixture == "f64" else F32, 2)
 
 
+@pytest.mark.parametrize("clamp", [None, (-0.8, 0.9)])
+@pytest.mark.parametrize("count", [3, MAX_TERMS])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_backward_of_any_number_of_terms(dtype, count, clamp, monkeypatch):
+    for name in ("step_fwd", "step_bwd"):
+        monkeypatch.delattr(reference, name)  # one launch, and no fall back
+    terms = [make((2, 1025), dtype) for _ in range(count)]
+    g, z0 = make((2, 1025), dtype), make((2, 1025), dtype)
+    dz0 = torch.zeros_like(z0, dtype=F32)
+    got = native.step_bwd(
+        g, terms, COEFS[:count], z0, draw_of("sincos", z0), 0.7, dz0=dz0, clamp=clamp,
+        needs_terms=[True] * count, needs_coefs=True, needs_noise_coef=True,
+    )  # fmt: skip
+    total = sum(c * x.double() for c, x in zip(COEFS, terms, strict=False))
+    through = g.double()
+    if clamp is not None:
+        through = through * ((total >= clamp[0]) & (total <= clamp[1]))
+    size = math.sqrt(g.numel())
+    for k, x in enumerate(terms):
+        near(got.terms[k], COEFS[k] * through, dtype, 2)
+        sums = F64 if dtype == F64 else F32
+        near(got.coefs[k] / size, (x.double() * through).sum() / size, sums, 2)
+    near(dz0, 0.7 * NOISES["sincos"].transpose(g.double(), z0.double(), 17, 50).z0, F32, 2)
+
+
 def test_backward_computes_only_what_is_needed():
     x, g = make((2, 9), F32), make((2, 9), F32)
     dterms, dcoefs, dnoise, _ = native.step_bwd(
@@ -248,7 +275,7 @@ def test_backward_reads_any_gradient_layout(name, layout):
 
 
 @pytest.mark.parametrize("name", ["off", "sincos", "roll", "mixture_roll", "philox"])
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, MAX_TERMS - 1])
 @pytest.mark.parametrize(("lam_dtype", "g_dtype"), [(F32, BF16), (F64, F64), (F32, F32)])
 def test_adjoint_step(name, count, lam_dtype, g_dtype):
     for shape in [(2, 3, 5), (2, 2500)]:
@@ -289,7 +316,7 @@ def test_backward_asks_terms_that_it_does_not_read_for_their_dtype_alone():
     near(dterms[1], -1.2 * g.double(), BF16)
 
 
-@pytest.mark.parametrize("count", [0, 7])
+@pytest.mark.parametrize("count", [0, MAX_TERMS + 1])
 def test_counts_of_terms_that_the_loops_do_not_know(count):
     z0, g = make((2, 9), F64), make((2, 9), F64)
     terms, coefs = [make((2, 9), F64) for _ in range(count)], [0.5] * count

@@ -4,7 +4,9 @@
 The transposes are held to autograd and to finite differences of that noise.
 """
 
+import inspect
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from test_philox import (
+
+from gradsampler import contract, noise
+from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
+from support.philox import (
     DTYPES,
     TOLERANCE,
     correlation,
@@ -21,10 +26,6 @@ from test_philox import (
     scalar_offset,
     scalar_sign,
 )
-
-from gradsampler import noise
-from gradsampler.noise import sources
-from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 
 N = 12  # steps of the runs below, unless a test says otherwise
 BIG_SEED = 2**40 + 3
@@ -216,12 +217,12 @@ def evaluate(draw, z0):
     """``normal * N(normal_seed, step) + weight * f(z0)`` as ``Draw`` documents it, in numpy."""
     plain = [x for name, x in draw._asdict().items() if name != "given"]
     assert all(type(x) in (int, float) for x in plain)
-    assert (draw.given is not None) == (draw.kind == sources.GIVEN)
-    if draw.kind == sources.OFF:
+    assert (draw.given is not None) == (draw.kind == contract.GIVEN)
+    if draw.kind == contract.OFF:
         f = np.zeros(z0.shape)
-    elif draw.kind == sources.SINCOS:
+    elif draw.kind == contract.SINCOS:
         f = draw.gain * z0 + draw.amplitude * np.sin(draw.rate * z0 + draw.phase)
-    elif draw.kind == sources.SIGNED_ROLL:
+    elif draw.kind == contract.SIGNED_ROLL:
         rows = z0.reshape(len(z0), -1)
         f = np.empty_like(rows)
         for (k, j), _ in np.ndenumerate(rows):
@@ -229,14 +230,10 @@ def evaluate(draw, z0):
             f[k, j] = sign * rows[k, (j - draw.offset) % rows.shape[1]]
         f = f.reshape(z0.shape)
     else:
-        assert draw.kind == sources.GIVEN
+        assert draw.kind == contract.GIVEN
         f = draw.given.numpy()
     independent = scalar_normals(z0.size, draw.step, draw.normal_seed).reshape(z0.shape)
     return draw.normal * independent + draw.weight * f
-
-
-def test_kinds_of_draw_are_distinct():
-    assert len({sources.OFF, sources.SINCOS, sources.SIGNED_ROLL, sources.GIVEN}) == 4
 
 
 @WITH_GRADIENT
@@ -903,5 +900,44 @@ def test_the_sources_are_values():
 
 def test_public_names_are_pinned():
     assert sorted(noise.__all__) == [
-        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"
+        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos",
+        "names", "register", "resolve", "typical",
     ]  # fmt: skip
+
+
+# The registry
+
+
+def test_the_registry_has_every_source():
+    typical = noise.typical(normal((3, 7)), 2)
+    classes = {value for value in vars(noise).values() if inspect.isclass(value)} - {NoiseSource}
+    assert {type(source) for source in typical.values()} == classes
+    assert {type(noise.resolve(name)) for name in noise.names()} == classes - {Mixture, Given}
+
+
+@pytest.mark.parametrize("name", noise.names())
+def test_a_typical_source_has_no_parameter_at_its_default(name):
+    typical, default = noise.typical(normal((3, 7)), 2)[name], noise.resolve(name)
+    for field in vars(default):
+        assert getattr(typical, field) != getattr(default, field)
+
+
+def test_a_source_of_ones_own_is_registered_once(monkeypatch):
+    monkeypatch.setattr(noise.named, "_REGISTRY", dict(noise.named._REGISTRY))
+
+    @dataclass(frozen=True)
+    class Scaled(NoiseSource):
+        factor: float
+
+        def at(self, z0, step, num_steps):
+            return self.factor * z0
+
+    with pytest.raises(ValueError, match=r"typical must be given, as Scaled needs arguments"):
+        noise.register("scaled", Scaled)
+    noise.register("scaled", Scaled, lambda z0, n: Scaled(0.5))
+    assert noise.typical(normal((3, 7)), 2)["scaled"] == Scaled(0.5)
+    assert "scaled" not in noise.names()
+    with pytest.raises(ValueError, match=r"name must be new, got 'scaled'"):
+        noise.register("scaled", Scaled, lambda z0, n: Scaled(0.5))
+    with pytest.raises(ValueError, match=r"noise must be one of off, .*, got 'scaled'"):
+        noise.resolve("scaled")

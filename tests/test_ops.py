@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from test_gradients import leaf, levels, normal
 from torch.autograd import gradcheck
 
 import gradsampler as gs
+from support.problems import normal
+from support.runs import leaf, levels
 
 # Relative to the largest sum of magnitudes: rounding of a few operations and of the result.
 TOLERANCE = {
@@ -19,11 +20,11 @@ TOLERANCE = {
 }
 CENTRAL = {"eps": 1e-5, "atol": 1e-8, "rtol": 1e-7}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-counts = pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+counts = pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 12, 14])
 shapes = pytest.mark.parametrize(
     "shape", [(1, 1), (2, 3), (3, 255), (2, 257), (1, 3, 5, 7), (4, 1, 2)], ids=str
 )
-COEFFICIENTS = (0.7, -1.3, 0.05, 2.0, 1.0, -0.4, 1e-3, 30.0)
+COEFFICIENTS = (0.7, -1.3, 0.05, 2.0, 1.0, -0.4, 1e-3, 30.0, -0.6, 5.0, 0.2, -7.0, 0.9, -2.5)
 
 
 class Line(gs.noise.NoiseSource):

@@ -591,10 +591,16 @@ def test_goes_on_after_kill_minus_nine(tmp_path, where):
 
 
 class Plain(gs.noise.NoiseSource):
-    """A user's own source: ``at`` is all that it needs."""
+    """A user's own source: beside ``at`` it says what makes it the one it is."""
+
+    def __init__(self, axis=-1):
+        self.axis = axis
 
     def at(self, z0, step, num_steps):
-        return z0.flip(-1)
+        return z0.flip(self.axis)
+
+    def identity(self):
+        return {"axis": self.axis}
 
 
 def test_a_run_with_a_source_of_the_user_s_own_can_be_resumed(tmp_path):
@@ -626,7 +632,7 @@ SAVE = torch.save
 @pytest.mark.parametrize(
     ("owner", "name", "failure", "error"),
     [
-        pytest.param(torch, "save", torn, OSError, id="disk full"),
+        pytest.param(torch, "save", torn, OSError, id="torch fails"),
         pytest.param(torch, "save", interrupt, KeyboardInterrupt, id="ctrl-c while writing"),
         pytest.param(os, "fsync", refuse, OSError, id="fsync"),
         pytest.param(os, "replace", refuse, PermissionError, id="replace"),
@@ -703,6 +709,9 @@ def test_refuses_a_truncated_file(tmp_path, kept):
 class AnotherNoise(gs.noise.NoiseSource):
     def at(self, z0, step, num_steps):
         return z0.flip(1)
+
+    def identity(self):
+        return ()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """gs.memory.plan: what it predicts is what runs then take, and asking disturbs nothing.
 
-The oracle counts the storages that are alive in a real run and its backward. Evaluations are held
-against counted calls, activations against sums of tensor sizes worked out by hand.
+The oracle counts the storages that are alive in a real run and its backward, by the counter with
+which a plan measures one call; `test_gauge` holds that one against sizes worked out by hand.
+Evaluations are held against counted calls, activations against sums of tensor sizes.
 """
 
 import re
@@ -10,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import Watched, no_collector
 from torch import nn
 from torch.nn import functional as F
 
 import gradsampler as gs
 from gradsampler.memory import capacity
 from gradsampler.memory.planning.footprint import measured
-from gradsampler.memory.planning.gauge import gauge
+from gradsampler.memory.planning.gauge import Live, gauge
 from gradsampler.memory.planning.rehearsal import Rehearsal
-from support.alive import Alive
+from support.alive import Watched, no_collector
+from support.problems import normal
+from support.runs import leaf
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
 STATE = 2**20
@@ -46,10 +47,10 @@ def run(denoiser, z0, sigmas, memory, others=(), **options):
     """What a run and its backward have alive at most, with a loss as users have it."""
     weights = torch.ones_like(z0)
     others = [x for x in others if x.requires_grad]
-    with no_collector(), Alive([z0, weights, *others]) as alive:
+    with no_collector(), Live() as counter:
         x = gs.sample(denoiser, z0, sigmas, memory=memory, **options)
         torch.autograd.grad((x * weights).sum(), [z0, *others])
-        return alive.most
+        return counter.peak
 
 
 CASES = {

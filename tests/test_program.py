@@ -73,7 +73,7 @@ class LinearNetworks(Parameterization):
         self.network = None
 
     def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        k = round(sigma.item()) - 1
+        k = round(float(sigma)) - 1
         return Preconditioning(self.c_skip[k], tuple(self.c_out[k]), self.c_in[k], sigma)
 
     def outputs(self, x, noise, cond):

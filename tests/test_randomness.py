@@ -10,40 +10,23 @@ import os
 import random
 import types
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from test_gradients import leaf, normal
-from test_memory import assert_close, gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.engine.generators import reachable
 from gradsampler.engine.replay import Sketch
-from gradsampler.memory import Offload, Revolve, Truncated
+from support.euler import euler
+from support.gradients import assert_close, gradients
+from support.problems import normal
+from support.runs import leaf
+from support.strategies import STRATEGIES, replaying, strategies
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
-STRATEGIES = {
-    "store": lambda folder: "store",
-    "checkpoint": lambda folder: "checkpoint",
-    "offload": lambda folder: "offload",
-    "folder": Offload,
-    "revolve": lambda folder: "revolve:2",
-    "two levels": partial(Revolve, 1, 1),
-    "truncated": lambda folder: Truncated(99, "revolve:2"),
-}
-strategies = pytest.mark.parametrize("memory", STRATEGIES)
-replaying = pytest.mark.parametrize("memory", [name for name in STRATEGIES if name != "store"])
-
-
-def euler(denoiser, z0, calls=1):
-    x = SIGMAS[0] * z0
-    for s, t in pairwise(SIGMAS):
-        x = x + (t - s) * (x - denoiser(x, s.expand(len(x)))) / s
-    return x
 
 
 # Generators that the denoiser holds, each somewhere else.
@@ -185,7 +168,7 @@ def drawn(denoiser, generator, memory=None):
     generator.manual_seed(3)
     z0 = leaf(normal(3, 4))
     options = {} if memory is None else {"memory": memory}
-    x = gs.sample(denoiser, z0, SIGMAS, **options) if options else euler(denoiser, z0)
+    x = gs.sample(denoiser, z0, SIGMAS, **options) if options else euler(denoiser, z0, SIGMAS)
     after = generator.get_state()
     torch.rand(3, generator=generator)  # whatever is drawn between the run and its backward
     before = generator.get_state()
@@ -226,7 +209,7 @@ def test_several_generators_and_dropout_at_once(memory, tmp_path):
         options = {"cond": {"generator": generator}, "memory": STRATEGIES[memory](tmp_path)}
         return gs.sample(denoiser, z0, SIGMAS, **options)
 
-    wanted = run(lambda generator, z0: euler(partial(denoiser, generator=generator), z0))
+    wanted = run(lambda generator, z0: euler(partial(denoiser, generator=generator), z0, SIGMAS))
     for a, b in zip(run(through_cond), wanted, strict=True):
         assert_close(a, b)
 
@@ -237,7 +220,7 @@ def test_activation_checkpointing_of_a_step_is_wrong_where_a_run_is_right():
     denoiser, z0 = by_closure(generator), leaf(normal(3, 4))
     _, wanted, _ = drawn(denoiser, generator)
     generator.manual_seed(3)
-    x = euler(lambda x, s: checkpoint(denoiser, x, s, use_reentrant=False), z0)
+    x = euler(lambda x, s: checkpoint(denoiser, x, s, use_reentrant=False), z0, SIGMAS)
     (wrong,) = gradients(x, [z0])
     assert (wrong - wanted).norm() > 0.2 * wanted.norm()
     _, right, _ = drawn(denoiser, generator, "checkpoint")
@@ -301,7 +284,7 @@ def test_what_cannot_be_replayed_is_an_error(make, memory, tmp_path):
 @pytest.mark.parametrize("make", [by_numpy, by_python, hidden])
 def test_store_needs_no_replay(make):
     z0 = leaf(normal(4, 6))
-    (wanted,) = gradients(euler(make(), z0), [z0])
+    (wanted,) = gradients(euler(make(), z0, SIGMAS), [z0])
     assert_close(*gradients(gs.sample(make(), z0, SIGMAS, memory="store"), [z0]), wanted)
 
 

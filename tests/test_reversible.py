@@ -14,12 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gradients import ABAR, Net, check, injections, leaf, levels, make_noise
-from test_memory import assert_close, gradients, no_collector
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gradsampler as gs
 from gradsampler import memory as memories
@@ -29,10 +24,16 @@ from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
+from gradsampler.memory.planning.gauge import Live
+from support.alive import no_collector
+from support.gradients import assert_close, check, gradients
+from support.networks import Net
+from support.noises import KINDS, injections, make_noise
 from support.problems import Gaussian, Mixture, normal
+from support.runs import ABAR, leaf, levels
+from support.tiers import pairs
 
 SOLVER = "midpoint_reversible"
-KINDS = ("off", "sincos", "signed_roll", "philox", "mixture", "given")
 SIGMAS = gs.schedules.karras(7, sigma_min=0.05, sigma_max=9.0)
 SHORT = torch.linspace(3.0, 0.5, 8, dtype=torch.float64)  # of a range that 32 bits hold
 TIMES = torch.linspace(0.98, 0.05, 7, dtype=torch.float64)
@@ -155,9 +156,9 @@ def test_stable_under_guidance(scale):
 @pytest.mark.parametrize("eta", [0.0, 0.05, math.sqrt(1.2) - 1])
 def test_spread_under_churn(eta, kind):
     """0.99 to 1.00 of the data's, which 10^5 numbers show to 0.002, up to Cosmos's cap."""
-    source = make_noise(kind, 0, None)[0] if eta else None
     churn = gs.Churn(100 * eta) if eta else None
     z0 = normal(100, 1000, seed=3, dtype=torch.float32)
+    source = make_noise(kind, 100, z0)[0] if eta else None
     with torch.no_grad():
         x = run(
             Gaussian().denoise, z0, gs.schedules.karras(100), "store", churn=churn, noise=source
@@ -168,10 +169,10 @@ def test_spread_under_churn(eta, kind):
 # Gradients.
 
 
-@pytest.mark.parametrize("churn", CHURNS.values(), ids=CHURNS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_target_under_churn(kind, churn):
+@pairs(kind=KINDS, churned=CHURNS)
+def test_every_target_under_churn(kind, churned):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
+    churn = CHURNS[churned]
     count = injections(z0.detach(), SIGMAS, solver=SOLVER, churn=churn)
     assert count > 0
     noise, tensors = make_noise(kind, count, z0)
@@ -184,7 +185,7 @@ def test_every_target_under_churn(kind, churn):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_target_under_ancestral_noise(dtype, kind):
     z0, shift, net = leaf(normal(2, 3, dtype=dtype)), leaf(normal(3, dtype=dtype)), Net(3, dtype)
-    noise, tensors = make_noise(kind, 7, z0, like=dtype)
+    noise, tensors = make_noise(kind, 7, z0)
     options = {"noise": noise, "eta": 0.7, "s_noise": 1.1, "cond": {"shift": shift}}
     inputs = [z0, shift, *net.parameters(), *tensors]
     # The network takes the sine of states up to 30, which float32 rounds by 2e-6.
@@ -244,8 +245,7 @@ def test_guidance_and_its_scale():
     assert_as_stored(inputs, lambda memory: run(guided, z0, SIGMAS, memory, **options))
 
 
-@pytest.mark.parametrize("kind", ["signed_roll", "sincos", "given"])
-@pytest.mark.parametrize("final", [0.4, 0.0], ids=["to-sigma_min", "to-zero"])
+@pairs(final=[0.4, 0.0], kind=KINDS)
 def test_central_differences(final, kind):
     z0, upper, shift, net = leaf(normal(2, 3)), leaf(SHORT[::2]), leaf(normal(3)), Net()
     noise, tensors = make_noise(kind, 4, z0)
@@ -302,7 +302,7 @@ LAYOUTS = {
 def test_strided_noise(kind, layout):
     z0 = LAYOUTS[layout](normal(2, 4, 5, 6)).detach().requires_grad_()
     plain = leaf(z0.contiguous())
-    options = {"noise": make_noise(kind, 0, None)[0], "churn": gs.Churn(1.0)}
+    options = {"noise": make_noise(kind, 7, z0)[0], "churn": gs.Churn(1.0)}
     net = Conv()
     got, expected = run(net, z0, **options), run(net, plain, memory="store", **options)
     assert_close(got.detach(), expected.detach())
@@ -350,11 +350,11 @@ def test_any_schedule_churn_and_noise(data):
     low, high = sorted(data.draw(st.tuples(st.floats(0, top), st.floats(0, top))))
     churn = gs.Churn(data.draw(st.floats(0.01, 5.0)), low, high)
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
-    kind = data.draw(st.sampled_from(KINDS[:-1]))
+    kind = data.draw(st.sampled_from(KINDS))
     z0, net = leaf(normal(2, 3, dtype=dtype)), Net(3, dtype)
     sigmas = levels(values)
     count = injections(z0.detach(), sigmas, solver=SOLVER, churn=churn)
-    options = {"churn": churn, "noise": make_noise(kind, 0, z0)[0]} if count else {}
+    options = {"churn": churn, "noise": make_noise(kind, count, z0)[0]} if count else {}
     # A short run from a small level has 20 bits of which the state takes few.
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     assert_as_stored([z0], lambda memory: run(net, z0, sigmas, memory, **options), tolerance)
@@ -402,7 +402,7 @@ def test_every_integer_comes_back(dtype, steps, kind, monkeypatch):
         sigmas, churn = torch.linspace(3.0, 1.0, steps + 1, dtype=torch.float64), 0.3
     z0, problem = leaf(normal(2, 6, dtype=torch.float32)), Mixture(6)
     options = {} if kind == "off" else {"churn": gs.Churn(churn)}
-    x = run(problem.denoise, z0, sigmas, noise=make_noise(kind, 0, None)[0], **options)
+    x = run(problem.denoise, z0, sigmas, noise=make_noise(kind, steps, z0)[0], **options)
     (gradient,) = gradients(x, [z0])
     assert gradient.isfinite().all()
     assert diary.dtypes == {dtype}
@@ -445,56 +445,33 @@ def test_samples_are_the_same_bits_in_every_mode():
 # What is kept.
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of the storages, of a size or more, that torch made since the start and that live."""
-
-    def __init__(self, least, *known):
-        super().__init__()
-        self.least, self.storages = least, {}
-        self.known = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.known:
-                storage = x.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.storages[reference.cdata] = (reference, storage.nbytes())
-        return result
-
-    def alive(self):
-        found = ((reference.expired(), size) for reference, size in self.storages.values())
-        return sum(size for expired, size in found if not expired and size >= self.least)
-
-
 @pytest.mark.parametrize("wrap", [lambda net: net, gs.EDM], ids=["plain", "EDM"])
 def test_two_integers_are_all_that_is_kept(wrap):
-    size = 4096
-    z0 = leaf(normal(1, size, dtype=torch.float32))
-    found = {}
+    z0 = leaf(normal(1, 4096, dtype=torch.float32))
+    state, found = 4 * 4096, {}  # in bytes: what is smaller, levels and sketches, is less than one
+    integers = 2 * 2  # of 64 bits
     for steps in (6, 24):
-        meter, seen = Meter(4 * size, z0), []
+        counter, seen = Live(), []
 
-        def denoise(x, sigma, meter=meter, seen=seen):
-            seen.append(meter.alive())
+        def denoise(x, sigma, counter=counter, seen=seen):
+            seen.append(counter.live // state)
             return torch.tanh(x)
 
-        with no_collector(), meter:
+        with no_collector(), counter:
             x = run(wrap(denoise), z0, gs.schedules.karras(steps), churn=gs.Churn(1.0))
-            between = meter.alive()
+            between = counter.live // state
             gradients(x, [z0])
-            after = meter.alive()
+            after = counter.live // state
         assert len(seen) == 2 * steps  # one call a step, in each direction
-        state, integers = 4 * size, 2 * 8 * size
         # Beside the integers: what the model is called with, and the state where that is another.
-        inputs = state if wrap is not gs.EDM else 2 * state
+        inputs = 1 if wrap is not gs.EDM else 2
         assert set(seen[1:steps]) == {integers + inputs}
-        assert between == integers + state  # the sample
-        assert after == state
+        assert between == integers + 1  # the sample
+        assert after == 1
         found[steps] = max(seen[steps:])
     assert found[6] == found[24]
     # Three cotangents of states and outputs, the sums of gradients, and the loss's own.
-    assert found[6] <= integers + inputs + 7 * state
+    assert found[6] <= integers + inputs + 7
 
 
 def test_calls_with_retained_graph():

@@ -9,9 +9,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from test_gradients import LEVELS, SOLVERS, Net, injecting, leaf, levels, memories, normal
 
 import gradsampler as gs
+from support.networks import Net
+from support.problems import normal
+from support.runs import LEVELS, SOLVERS, injecting, leaf, levels
+from support.strategies import memories
 
 SIGMAS = levels(LEVELS)
 STEPS = len(LEVELS) - 1

@@ -18,17 +18,6 @@ import weakref
 
 import pytest
 import torch
-from test_gradients import (
-    SOLVERS,
-    Net,
-    injecting,
-    injections,
-    leaf,
-    levels,
-    make_noise,
-    normal,
-)
-from test_memory import Watched, assert_close, gradients, no_collector
 from torch import nn
 
 import gradsampler as gs
@@ -36,24 +25,24 @@ from gradsampler.engine.program import Z0, Evaluation, Stage
 from gradsampler.memory import Offload, Revolve, Truncated, files, revolve
 from gradsampler.memory.host import Host, Pinned
 from gradsampler.parameterization import parameterize
+from support.alive import Watched, no_collector
+from support.gradients import assert_close, gradients
+from support.networks import Net
+from support.noises import KINDS, injections, make_noise
+from support.problems import normal
+from support.runs import SOLVERS, injecting, leaf, levels
+from support.strategies import STRATEGIES
+from support.tiers import pairs
 
 SIGMAS = gs.schedules.karras(5, sigma_min=0.05, sigma_max=9.0)
-FOLDER = "folder"
-TWO_LEVELS = "two levels"
-EXACT = (FOLDER, "offload", "revolve:1", "revolve:3", "revolve:100", "revolve:1+2", TWO_LEVELS)
+EXACT = [name for name in STRATEGIES if name != "store"]
 exact = pytest.mark.parametrize("memory", EXACT)
-
-
-def strategy(memory, folder):
-    return {FOLDER: Offload(folder), TWO_LEVELS: Revolve(1, 2, folder)}.get(memory, memory)
 
 
 # Agreement with plain autograd.
 
 
-@exact
-@pytest.mark.parametrize("kind", ["signed_roll", "sincos", "given"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pairs(solver=SOLVERS, kind=KINDS, memory=EXACT)
 def test_same_sample_and_gradients(solver, kind, memory, tmp_path):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "cond": {"shift": shift}}
@@ -63,7 +52,7 @@ def test_same_sample_and_gradients(solver, kind, memory, tmp_path):
     inputs = [z0, sigmas, shift, *net.parameters(), *tensors]
     expected = gs.sample(net, z0, sigmas, noise=noise, memory="store", **options)
     wanted = gradients(expected, inputs)
-    x = gs.sample(net, z0, sigmas, noise=noise, memory=strategy(memory, tmp_path), **options)
+    x = gs.sample(net, z0, sigmas, noise=noise, memory=STRATEGIES[memory](tmp_path), **options)
     assert_close(x.detach(), expected.detach())
     for again in (True, False):
         got = gradients(x, inputs, retain_graph=again)
@@ -86,7 +75,7 @@ def test_guidance_final_denoising_and_level_zero(memory, tmp_path):
 
     inputs = [z0, sigmas, shift, scale, *net.parameters()]
     wanted = gradients(run("store"), inputs)
-    for g, w in zip(gradients(run(strategy(memory, tmp_path)), inputs), wanted, strict=True):
+    for g, w in zip(gradients(run(STRATEGIES[memory](tmp_path)), inputs), wanted, strict=True):
         assert_close(g, w)
 
 
@@ -99,7 +88,7 @@ def test_narrow_dtypes(dtype, memory, tmp_path):
     def run(memory):
         return gs.sample(lambda x, s: torch.tanh(x), z0, SIGMAS, memory=memory, **options)
 
-    expected, got = (run(m) for m in ("checkpoint", strategy(memory, tmp_path)))
+    expected, got = (run(m) for m in ("checkpoint", STRATEGIES[memory](tmp_path)))
     assert torch.equal(got, expected)
     (wanted,), (found,) = gradients(expected, [z0]), gradients(got, [z0])
     assert torch.equal(found, wanted)
@@ -115,7 +104,7 @@ def test_states_of_16_bits(memory, tmp_path):
             gs.sample(lambda x, s: torch.tanh(x), z0, SIGMAS, memory=m, state_dtype=torch.bfloat16),
             [z0],
         )[0]
-        for m in ("checkpoint", strategy(memory, tmp_path))
+        for m in ("checkpoint", STRATEGIES[memory](tmp_path))
     )
     assert torch.equal(first, second)
 
@@ -147,7 +136,7 @@ def test_dropout(solver, memory, tmp_path):
         state = torch.rand(1)
         return x.detach(), *got, after, state
 
-    for got, expected in zip(run(strategy(memory, tmp_path)), run("store"), strict=True):
+    for got, expected in zip(run(STRATEGIES[memory](tmp_path)), run("store"), strict=True):
         assert_close(got, expected)
 
 
@@ -160,13 +149,13 @@ def test_autocast(memory, tmp_path):
             x = gs.sample(lambda x, s: net(x).tanh(), z0, SIGMAS, memory=memory)
         return gradients(x, [z0])[0]  # outside
 
-    assert torch.equal(run(strategy(memory, tmp_path)), run("checkpoint"))
+    assert torch.equal(run(STRATEGIES[memory](tmp_path)), run("checkpoint"))
 
 
 @exact
 def test_weights_changed_before_backward(memory, tmp_path):
     z0, net = leaf(normal(2, 3)), Net()
-    x = gs.sample(net, z0, SIGMAS, memory=strategy(memory, tmp_path))
+    x = gs.sample(net, z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
     with torch.no_grad():
         net.weight.mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -196,7 +185,7 @@ def test_callback_and_progress_see_the_run_once(memory, tmp_path, capsys):
         z0,
         SIGMAS,
         solver="heun",
-        memory=strategy(memory, tmp_path),
+        memory=STRATEGIES[memory](tmp_path),
         callback=lambda info: seen.append(info.step),
         progress=True,
     )
@@ -208,7 +197,7 @@ def test_callback_and_progress_see_the_run_once(memory, tmp_path, capsys):
 @exact
 def test_a_second_derivative_is_refused(memory, tmp_path):
     z0 = leaf(normal(2, 3))
-    x = gs.sample(Net(), z0, SIGMAS, memory=strategy(memory, tmp_path))
+    x = gs.sample(Net(), z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
     with pytest.raises(RuntimeError, match="store"):
         torch.autograd.grad(x.sin().sum(), z0, create_graph=True)
 
@@ -300,7 +289,7 @@ def test_revolve_keeps_no_more_states_than_slots(slots):
 
 
 @pytest.mark.parametrize(("n", "slots", "further"), [(50, 3, 7), (50, 9, 1), (20, 1, 4), (5, 2, 9)])
-@pytest.mark.parametrize("where", ["cpu", FOLDER])
+@pytest.mark.parametrize("where", ["cpu", "folder"])
 def test_further_slots_count_as_slots_do(n, slots, further, where, tmp_path):
     memory = Revolve(slots, further, "cpu" if where == "cpu" else tmp_path)
     _, total, again = counted(n, memory)
@@ -492,7 +481,7 @@ def test_the_order_of_copies_of_snapshots(monkeypatch):
 def test_all_goes_with_the_output(memory, tmp_path):
     denoiser, z0 = Watched(), leaf(normal(2, 3))
     with no_collector():
-        x = gs.sample(denoiser, z0, SIGMAS, memory=strategy(memory, tmp_path))
+        x = gs.sample(denoiser, z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
         del x
         assert Watched.count(denoiser.states) == 0
         assert Watched.count(denoiser.activations) == 0
@@ -504,7 +493,7 @@ def test_all_goes_with_the_output(memory, tmp_path):
 def test_nothing_is_kept_without_grad_mode(mode, memory, tmp_path):
     denoiser, z0 = Watched(), leaf(normal(2, 3))
     with no_collector(), mode():
-        x = gs.sample(denoiser, z0, SIGMAS, memory=strategy(memory, tmp_path))
+        x = gs.sample(denoiser, z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
         assert not x.requires_grad
         assert max(denoiser.alive) <= (1, 1)
         assert not os.listdir(tmp_path)
@@ -596,7 +585,7 @@ def test_the_order_of_copies_and_work(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("memory", ["offload", FOLDER, "revolve:3+4", TWO_LEVELS])
+@exact
 def test_states_away_from_a_gpu(memory, tmp_path):
     z0 = leaf(normal(8, 64, 256, dtype=torch.float32).cuda())
     weight = leaf(normal(256, 256, dtype=torch.float32).cuda() / 16)
@@ -609,7 +598,7 @@ def test_states_away_from_a_gpu(memory, tmp_path):
 
     wanted = run("checkpoint")
     for _ in range(3):
-        for g, w in zip(run(strategy(memory, tmp_path)), wanted, strict=True):
+        for g, w in zip(run(STRATEGIES[memory](tmp_path)), wanted, strict=True):
             assert torch.equal(g, w)
 
 
@@ -864,9 +853,7 @@ def interpreted(program, model, z0, noise, first, shift):
     return slots[program.output]
 
 
-@pytest.mark.parametrize("inner", ["store", "checkpoint"])
-@pytest.mark.parametrize("kind", ["signed_roll", "sincos", "given"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pairs(solver=SOLVERS, kind=KINDS, inner=["store", "checkpoint"])
 def test_truncated_against_an_interpreter(solver, kind, inner):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver)

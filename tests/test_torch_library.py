@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradsampler as gs
-from gradsampler.noise.sources import Draw
+from gradsampler.contract import Draw
 from gradsampler.ops import backends, library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,8 +13,9 @@ Blocks blocks_for(const AncestralStep& a) {
 
 template <class T>
 Ancestral<T> numbers(const AncestralStep& a, int64_t row) {
-  const double* c = a.coefs.values + (a.coefs.per_sample ? row * 7 : 0);
-  return {T(c[0]), T(c[1]), T(c[2]), T(c[3]), T(c[4]), T(c[5]), T(a.lo), T(a.hi), T(c[6]), bool(a.v)};
+  const double* c = a.coefs.values + (a.coefs.per_sample ? row * (kAncestral + 1) : 0);
+  return {T(c[kR1]), T(c[kR2]), T(c[kC1]), T(c[kC2]), T(c[kLogMax]), T(c[kLogMin]),
+          T(a.lo), T(a.hi), T(c[kAncestral]), bool(a.v)};
 }
 
 template <class T>

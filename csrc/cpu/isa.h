@@ -14,7 +14,6 @@ namespace gs {
 // Elements of one block: the unit of work, of scratch memory and of every partial sum, so that
 // results do not depend on the number of threads.
 constexpr int64_t kBlock = 1024;
-constexpr int kMaxTerms = 6;
 
 // Of a state in integers I.
 template <class T, class I>

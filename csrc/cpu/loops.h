@@ -52,31 +52,29 @@ void combine_wave_terms(void* out, const void* const* terms, const T* coefs, con
   });
 }
 
-#define GS_TERMS(call)           \
-  switch (terms) {               \
-    case 1: return call(1);      \
-    case 2: return call(2);      \
-    case 3: return call(3);      \
-    case 4: return call(4);      \
-    case 5: return call(5);      \
-    default: return call(6);     \
-  }
+template <int K>
+struct Terms {
+  static constexpr int count = K;
+};
+
+// A loop of its own for each number of terms.
+template <int K = 1, class F>
+GS_FN void for_terms(int terms, const F& loop) {
+  if constexpr (K < kMaxTerms)
+    if (terms != K) return for_terms<K + 1>(terms, loop);
+  loop(Terms<K>());
+}
 
 template <class T, class S>
 void combine(void* out, const void* const* x, const T* c, int terms, const T* noise, T s, int64_t n) {
-#define GS_CALL(K) combine_terms<T, K, S>(out, x, c, noise, s, n)
-  GS_TERMS(GS_CALL)
-#undef GS_CALL
+  for_terms(terms, [&](auto each) { combine_terms<T, each.count, S>(out, x, c, noise, s, n); });
 }
 
 template <class T, class S>
 void combine_wave(void* out, const void* const* x, const T* c, int terms, const void* z,
                   const Wave<T>& w, T s, int64_t n) {
-#define GS_CALL(K) combine_wave_terms<T, K, S>(out, x, c, z, w, s, n)
-  GS_TERMS(GS_CALL)
-#undef GS_CALL
+  for_terms(terms, [&](auto each) { combine_wave_terms<T, each.count, S>(out, x, c, z, w, s, n); });
 }
-#undef GS_TERMS
 
 template <class T>
 void clamp_block(T* x, T lo, T hi, int64_t n) {
@@ -134,7 +132,7 @@ void wave_pull(void* dz0, const void* z, const void* g, const Wave<T>& wave, T s
 // vectors in each round, which takes as long as the rounds. Below AVX-512 a 64-bit product costs more.
 GS_FN Words wide_normal_words(uint64_t block, uint32_t step, uint64_t seed) {
 #if GS_X86_LEVEL >= 4
-  uint64_t c0 = uint32_t(block), c1 = block >> 32, c2 = step, c3 = kUseNormals;
+  uint64_t c0 = uint32_t(block), c1 = block >> 32, c2 = step, c3 = kNormals;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   GS_UNROLL
   for (int round = 0; round < 10; ++round) {

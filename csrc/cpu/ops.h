@@ -7,9 +7,7 @@
 
 namespace gs {
 
-enum NoiseKind { kOff = 0, kSinCos = 1, kSignedRoll = 2, kGiven = 3 };
-
-// n = normal * N(normal_seed, step) + weight * f(source): gradsampler.noise.Draw.
+// An injection: gradsampler.contract.Draw.
 struct Noise {
   int kind = kOff;
   int64_t step = 0, offset = 0;
@@ -81,7 +79,7 @@ struct AncestralStep {
   Shape shape;
   Operand x, eps, v, noise, out;
   Operand g, dx, deps, dv, dnoise;
-  Coefs coefs;  // 7 each: r1, r2, c1, c2, log_max, log_min, nonzero
+  Coefs coefs;  // kAncestral each, and nonzero
   double lo, hi;
 };
 void ancestral(const AncestralStep& a);

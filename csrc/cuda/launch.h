@@ -7,8 +7,6 @@
 namespace gs {
 namespace cuda {
 
-constexpr int kSlots = 6;
-
 struct Slot {
   void* data = nullptr;
   int dtype = kFloat32;
@@ -20,7 +18,7 @@ struct Rows {
 };
 
 struct DeviceNoise {
-  int kind = 0;  // gradsampler.noise: OFF, SINCOS, SIGNED_ROLL, GIVEN
+  int kind = kOff;
   uint32_t step = 0;
   int64_t offset = 0;
   uint64_t seed = 0, normal_seed = 0;
@@ -32,7 +30,7 @@ struct DeviceNoise {
 };
 
 struct DeviceCoefs {
-  double values[kSlots + 1] = {};
+  double values[kMaxTerms + 1] = {};
   const void* at = nullptr;  // [K], or [rows, K] with stride K
   int dtype = kFloat32;
   int64_t stride = 0;
@@ -41,7 +39,7 @@ struct DeviceCoefs {
 struct StepCall {
   Rows rows;
   int terms = 0;
-  Slot term[kSlots];
+  Slot term[kMaxTerms];
   DeviceCoefs coefs;
   DeviceNoise noise;
   bool clamped = false;
@@ -49,7 +47,7 @@ struct StepCall {
   Slot out, model;
   double model_scale = 1;
   // backward
-  Slot g, dterm[kSlots], dz0;
+  Slot g, dterm[kMaxTerms], dz0;
   double* partial = nullptr;  // [blocks, sums]: terms dot g, then n dot g
   bool sum_terms = false, sum_noise = false;
 };
@@ -57,8 +55,8 @@ struct StepCall {
 struct AdjointCall {
   Rows rows;
   int slots = 0, own = 0;  // own: slots that have a b; g comes after them
-  Slot lam_in[kSlots];
-  double a[kSlots] = {}, b[kSlots + 1] = {};
+  Slot lam_in[kMaxTerms];
+  double a[kMaxTerms] = {}, b[kMaxTerms + 1] = {};
   DeviceNoise noise;
   Slot lam, mu, dz0;
 };
@@ -68,8 +66,8 @@ struct LeapCall {
   void* carried = nullptr;
   bool wide_integers = false;  // int64, else int32
   int terms = 0, sign = 1;
-  Slot term[kSlots];
-  double coefs[kSlots] = {};
+  Slot term[kMaxTerms];
+  double coefs[kMaxTerms] = {};
   DeviceNoise noise;
   int* overflow = nullptr;
   double scale = 1, model_scale = 1;
@@ -81,7 +79,7 @@ struct AncestralCall {
   // elements between the samples: eps and v are halves of one tensor, read where they lie
   int64_t eps_stride = 0, v_stride = 0, deps_stride = 0, dv_stride = 0;
   Slot x, eps, v, noise, out, g, dx, deps, dv, dnoise;
-  DeviceCoefs coefs;  // six
+  DeviceCoefs coefs;  // kAncestral
   const void* nonzero = nullptr;  // float32, one or one a row
   int64_t nonzero_stride = 0;
   double lo, hi;

@@ -13,7 +13,7 @@ template <class T>
 __device__ __forceinline__ Vector<T> change_of(const LeapCall& c, const Span& s) {
   Vector<T> sum;
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
+  for (int k = 0; k < kMaxTerms; ++k) {
     if (k >= c.terms) break;
     const T w = T(c.coefs[k]);
     const Vector<T> x = load<T>(c.term[k], s.begin, s.count);

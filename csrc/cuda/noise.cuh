@@ -6,8 +6,6 @@
 namespace gs {
 namespace cuda {
 
-enum { kOff = 0, kSinCos = 1, kSignedRoll = 2, kGiven = 3 };
-
 template <class T>
 __device__ __forceinline__ Wave<T> wave_of(const Wave<double>& w) {
   const T hi = T(w.hi);

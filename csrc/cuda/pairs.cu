@@ -9,12 +9,12 @@ namespace {
 template <class T>
 __device__ __forceinline__ Ancestral<T> numbers(const AncestralCall& c, int64_t row) {
   Ancestral<T> a;
-  a.r1 = coef_of<T>(c.coefs, row, 0);
-  a.r2 = coef_of<T>(c.coefs, row, 1);
-  a.c1 = coef_of<T>(c.coefs, row, 2);
-  a.c2 = coef_of<T>(c.coefs, row, 3);
-  a.log_max = coef_of<T>(c.coefs, row, 4);
-  a.log_min = coef_of<T>(c.coefs, row, 5);
+  a.r1 = coef_of<T>(c.coefs, row, kR1);
+  a.r2 = coef_of<T>(c.coefs, row, kR2);
+  a.c1 = coef_of<T>(c.coefs, row, kC1);
+  a.c2 = coef_of<T>(c.coefs, row, kC2);
+  a.log_max = coef_of<T>(c.coefs, row, kLogMax);
+  a.log_min = coef_of<T>(c.coefs, row, kLogMin);
   a.lo = T(c.lo);
   a.hi = T(c.hi);
   a.nonzero = c.nonzero ? T(static_cast<const float*>(c.nonzero)[row * c.nonzero_stride]) : T(1);

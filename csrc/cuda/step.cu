@@ -9,7 +9,7 @@ template <class T>
 __device__ __forceinline__ Vector<T> combination(const StepCall& c, const Span& s) {
   Vector<T> sum;
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
+  for (int k = 0; k < kMaxTerms; ++k) {
     if (k >= c.terms) break;
     const T w = coef_of<T>(c.coefs, s.row, k);
     const Vector<T> x = load<T>(c.term[k], s.begin, s.count);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_bwd_kernel(const __grid_cons
   }
   const int columns = (c.sum_terms ? c.terms : 0) + (c.sum_noise ? 1 : 0);
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
+  for (int k = 0; k < kMaxTerms; ++k) {
     if (k >= c.terms) break;
     if (c.dterm[k].data) {
       const T w = coef_of<T>(c.coefs, s.row, k);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_kernel(const __grid_const
 #pragma unroll
   for (int i = 0; i < Vector<T>::kSize; ++i) lam.v[i] = mu.v[i] = T(0);
 #pragma unroll
-  for (int k = 0; k < kSlots; ++k) {
+  for (int k = 0; k < kMaxTerms; ++k) {
     if (k >= c.slots) break;
     const Vector<T> x = load<T>(c.lam_in[k], s.begin, s.count);
 #pragma unroll
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_kernel(const __grid_const
   }
   store(c.lam, s.begin, s.count, lam);
   if (c.mu.data) {
-    const T last = T(c.b[kSlots]);
+    const T last = T(c.b[kMaxTerms]);
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; ++i) mu.v[i] = mul_add(last, lam.v[i], mu.v[i]);
     store(c.mu, s.begin, s.count, mu);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) adjoint_kernel(const __grid_const
     noise_pull<T>(c.noise, c.rows, s, lam, d, [&](int64_t i) {
       T sum = T(0);
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k) {
+      for (int k = 0; k < kMaxTerms; ++k) {
         if (k >= c.slots) break;
         sum = mul_add(T(c.a[k]), read_one<T>(c.lam_in[k].data, c.lam_in[k].dtype, i), sum);
       }

@@ -25,13 +25,6 @@ from gradsampler.ops import backends
 from gradsampler.parameterization import EDM, Parameterization, parameterize
 from gradsampler.sampling import sample
 
-NOISES = {
-    "off": noise.Off,
-    "sincos": noise.SinCos,
-    "signed_roll": noise.SignedRoll,
-    "philox": noise.Philox,
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
@@ -90,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     optimize.add_argument("--lr", type=float, default=0.1)
     optimize.add_argument("--solver", default="res_2ab", help=", ".join(solvers.names()))
     optimize.add_argument("--steps", type=int, default=35, help="sampler steps")
-    optimize.add_argument("--noise", default="signed_roll", help=", ".join(sorted(NOISES)))
+    optimize.add_argument("--noise", default="signed_roll", help=", ".join(noise.names()))
     optimize.add_argument("--memory", default="checkpoint", help=", ".join(memories.names()))
     optimize.add_argument("--seed", type=int, default=0)
     optimize.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
@@ -195,7 +188,7 @@ def _imported(name: str) -> Any:
 
 
 def _optimize(arguments: argparse.Namespace) -> int:
-    source = NOISES[_checks.choice("--noise", arguments.noise, NOISES)]()
+    source = noise.resolve(_checks.choice("--noise", arguments.noise, noise.names()))
     demo = Demo(
         objective=arguments.objective,
         digit=arguments.digit,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import generators, replay
 from gradsampler.engine.program import (
     Z0,
@@ -22,7 +23,6 @@ from gradsampler.engine.program import (
     transpose,
 )
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
-from gradsampler.noise.sources import GIVEN, Draw
 
 
 class States(Protocol):

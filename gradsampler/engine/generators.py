@@ -6,17 +6,17 @@ down, and a network that was compiled before would be compiled again. So they ar
 the denoiser is made of, once a run.
 """
 
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from gradsampler.engine.functions import foreign, variables
+
 _NO_PARTS = (Tensor, torch.device, torch.dtype, ModuleType, str, bytes, int, float, complex)
-_FOREIGN = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
 _MEMBERS = (FunctionType, torch.Generator)
 _LONGEST = 1000  # a longer table is data
 _MOST = 100_000  # objects looked at
@@ -64,41 +64,21 @@ def _parts(x: object) -> Iterable[object]:
     if isinstance(x, partial):
         return (x.func, x.args, x.keywords)
     if isinstance(x, type):
-        members = [] if _foreign(x.__module__) else list(vars(x).values())
+        members = [] if foreign(x.__module__) else list(vars(x).values())
         members += [m.__func__ for m in members if isinstance(m, (staticmethod, classmethod))]
         return (*x.__bases__, *(m for m in members if isinstance(m, _MEMBERS)))
     if isinstance(x, nn.Module):  # most of its attributes are empty tables of hooks
         parts = vars(x).values()
         return (type(x), *(part for part in parts if not isinstance(part, dict) or part))
-    if _foreign(type(x).__module__) and not isinstance(x, SimpleNamespace):
+    if foreign(type(x).__module__) and not isinstance(x, SimpleNamespace):
         return ()
     return (type(x), *getattr(x, "__dict__", {}).values())
 
 
 def _of_function(f: FunctionType) -> Iterator[object]:
     yield getattr(f, "__wrapped__", None)
-    if _foreign(f.__globals__.get("__name__")):
+    if foreign(f.__globals__.get("__name__")):
         return
     yield f.__defaults__
     yield f.__kwdefaults__
-    for cell in f.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    names = _names(f.__code__)
-    for name in names:
-        value = f.__globals__.get(name)
-        yield value
-        if isinstance(value, ModuleType) and not _foreign(value.__name__):
-            yield from (vars(value).get(attribute) for attribute in names)
-
-
-def _names(code: CodeType) -> set[str]:
-    """The global names in a function's code and in that of the functions it makes."""
-    inner = (_names(c) for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*inner)
-
-
-def _foreign(module: object) -> bool:
-    return str(module).split(".")[0] in _FOREIGN
+    yield from (value for _, value in variables(f))

@@ -13,6 +13,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
     absorption  cot(z0)  += s * n_i'(z0)^T cot(x_j)
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -334,7 +335,7 @@ class Recorder:
         self.predictions: list[Denoised] = []  # all so far, the latest last
         self.coordinates = model.coordinates
         self._model = model
-        self._numbers: list[Tensor] = []
+        self._numbers: list[Coefficient] = []
         self._instructions: list[Instruction] = []
         self._evaluations = 0
         self._draws: Counter[int] = Counter()  # by step
@@ -363,8 +364,7 @@ class Recorder:
         """
         state = self._write(x)
         call, model = state.call, self._model.at(self.step)
-        level = torch.as_tensor(sigma, dtype=torch.float64)
-        maps = model.limit() if torch.isinf(level) else model.preconditioning(level)
+        maps = model.limit() if sigma == math.inf else model.preconditioning(sigma)
         outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
         here = Affine({state: 1.0})
 
@@ -419,13 +419,12 @@ class Recorder:
         Outputs that nothing reads, as those of a branch without weight, are not asked for.
         """
         output = self._write(x)
-        numbers = torch.stack(self._numbers)
         stages = [i for i in self._instructions if isinstance(i, Stage)]
         read = {slot for stage in stages for slot in stage.reads()}
         instructions = tuple(
             _reduced(i, read) if isinstance(i, Evaluation) else i for i in self._instructions
         )
-        return Program(instructions, numbers, self.num_steps, output)
+        return Program(instructions, _vector(self._numbers), self.num_steps, output)
 
     def _write(self, x: Affine) -> Slot:
         injections = tuple(Injection(*noise, self._number(c)) for noise, c in x.noises.items())
@@ -437,7 +436,7 @@ class Recorder:
         return tuple((slot, self._number(c)) for slot, c in x.terms.items() if not _absent(c))
 
     def _number(self, c: Coefficient) -> int:
-        self._numbers.append(torch.as_tensor(c, dtype=torch.float64))
+        self._numbers.append(c)
         return len(self._numbers) - 1
 
 
@@ -453,6 +452,13 @@ def _sum(a: Mapping[Key, Coefficient], b: Mapping[Key, Coefficient]) -> dict[Key
     for key, c in b.items():
         total[key] = total[key] + c if key in total else c
     return total
+
+
+def _vector(numbers: Sequence[Coefficient]) -> Tensor:
+    """The numbers as one float64 tensor, which carries the gradient of those that are tensors."""
+    if not any(isinstance(c, Tensor) for c in numbers):
+        return torch.tensor(numbers, dtype=torch.float64)
+    return torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in numbers])
 
 
 def _absent(c: Coefficient) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.contract import MAX_TERMS, Draw
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import (
@@ -21,8 +22,8 @@ from gradsampler.engine.program import (
     Stage,
     Terms,
 )
-from gradsampler.noise.sources import Draw, NoiseSource, draw_of, name_of
-from gradsampler.ops.backends import MAX_TERMS, Backend
+from gradsampler.noise.sources import NoiseSource, draw_of, name_of
+from gradsampler.ops.backends import Backend
 from gradsampler.parameterization import Parameterization
 
 Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels

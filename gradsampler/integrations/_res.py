@@ -54,7 +54,7 @@ class X0Function(Parameterization):
         self.network = network
         self.callback: Callback | None = None  # is shown the state of each call
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return Preconditioning(0.0, (1.0,), 1.0, sigma)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.program import Program, Recorder
-from gradsampler.parameterization import Coefficient, Parameterization, Preconditioning
+from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.solvers import Euler
 
 STEADY_STEPS = 10  # guidance oscillates after these
@@ -64,8 +65,8 @@ class GuidedVelocity(Parameterization):
                 weights = (*weights[:2], (1 - i / steps) * weights[2])
             self._weights[level] = weights
 
-    def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        weights = self._weights[sigma.item()]
+    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
+        weights = self._weights[as_float(sigma)]
         return Preconditioning(1.0, tuple(-sigma * w for w in weights), 1.0, sigma)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:

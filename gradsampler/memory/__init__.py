@@ -6,7 +6,7 @@ from gradsampler.memory.auto import Auto
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.frozen import freeze
-from gradsampler.memory.named import names
+from gradsampler.memory.named import names, typical
 from gradsampler.memory.offload import Offload
 from gradsampler.memory.planning.plan import Plan, plan
 from gradsampler.memory.planning.predictor import Row
@@ -30,6 +30,7 @@ __all__ = [
     "names",
     "plan",
     "resolve",
+    "typical",
 ]
 
 

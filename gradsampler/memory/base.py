@@ -13,6 +13,7 @@ class Memory(ABC):
     """Decides what a run keeps for its backward pass, and what that pass computes again."""
 
     exact: ClassVar[bool] = True  # gives the gradient of the run, to rounding
+    any_program: ClassVar[bool] = True  # runs every solver, also what is no solver's
 
     @abstractmethod
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:

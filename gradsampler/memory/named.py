@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exact strategies by name."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gradsampler import _checks
 from gradsampler.memory.auto import Auto
@@ -22,6 +23,19 @@ _REGISTRY: dict[str, type[Memory]] = {
     "revolve": Revolve,
 }
 
+Folder = str | os.PathLike[str]
+
+# What a class does with other parameters than its defaults, where that is worth a test.
+_VARIANTS: dict[str, Callable[[Folder], dict[str, Memory]]] = {
+    "offload": lambda folder: {"offload to a folder": Offload(folder)},
+    "revolve": lambda folder: {
+        "revolve:1": Revolve(1),
+        "revolve:3": Revolve(3),
+        "revolve:1+2": Revolve(1, 2),
+        "revolve:1+2 to a folder": Revolve(1, 2, folder),
+    },
+}
+
 
 def names() -> list[str]:
     """The names that ``memory=`` takes as they stand; all of these give the exact gradient.
@@ -30,6 +44,23 @@ def names() -> list[str]:
     and "truncated:4" for ``Truncated(4)``.
     """
     return sorted(_REGISTRY)
+
+
+def typical(folder: Folder) -> dict[str, Memory]:
+    """Each registered class with its defaults and, under names of their own, further parameters.
+
+    Args:
+        folder: an existing one, for those that keep states in files.
+
+    Example:
+        >>> list(typical("."))[:3]
+        ['auto', 'store', 'checkpoint']
+    """
+    found: dict[str, Memory] = {}
+    for name, strategy in _REGISTRY.items():
+        found |= {name: strategy()}
+        found |= _VARIANTS[name](folder) if name in _VARIANTS else {}
+    return found
 
 
 def exact(argument: str, memory: str | Memory, others: Sequence[str] = ()) -> Memory:

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Reversible(Memory):
     """
 
     amplitude: float = 16.0
+    any_program: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not _checks.finite("Reversible: amplitude", self.amplitude) > 0:

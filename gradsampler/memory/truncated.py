@@ -14,7 +14,6 @@ from gradsampler.engine.program import Z0, Evaluation, Injection, Program, Slot,
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import named
 from gradsampler.memory.base import Memory
-from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.store import Store
 
 
@@ -46,7 +45,8 @@ class Truncated(Memory):
 
     def __post_init__(self) -> None:
         _checks.integer("Truncated: steps", self.steps, 1)
-        if isinstance(named.exact("Truncated: inner", self.inner), Truncated | Reversible):
+        inner = named.exact("Truncated: inner", self.inner)
+        if not (inner.exact and inner.any_program):
             # The last steps alone start from states that no subtraction leads back to.
             _checks.fail("Truncated: inner", "be another strategy", repr(self.inner))
 

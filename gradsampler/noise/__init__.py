@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step noises: what a sampler injects at step i of N, as a function of the initial noise z0."""
 
+from gradsampler.noise.named import names, register, resolve, typical
 from gradsampler.noise.sources import (
     Given,
     Mixture,
@@ -11,4 +12,16 @@ from gradsampler.noise.sources import (
     SinCos,
 )
 
-__all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
+__all__ = [
+    "Given",
+    "Mixture",
+    "NoiseSource",
+    "Off",
+    "Philox",
+    "SignedRoll",
+    "SinCos",
+    "names",
+    "register",
+    "resolve",
+    "typical",
+]

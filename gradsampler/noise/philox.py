@@ -5,8 +5,8 @@ Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
 four 32-bit words is a pure function of a 128-bit counter and a 64-bit key, so the same element
 gets the same number whatever the launch shape, the backend or the sharding.
 
-The last word of the counter names the use, so that no two uses share a block:
-0 normals, 1 signs, 2 roll offsets. The third one is ``step`` below: `counter` of a step's draw.
+The last word of the counter names the use, as `gradsampler.contract` has it. The third one is
+``step`` below: `counter` of a step's draw.
 """
 
 import math
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.contract import NORMALS, OFFSETS, SIGNS
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-
-NORMALS, SIGNS, OFFSETS = 0, 1, 2
 
 _STEPS, _DRAWS = 2**20, 2**12  # that one word holds
 

@@ -13,13 +13,14 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.contract import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.noise import philox
 
 __all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
@@ -34,28 +35,6 @@ class Cotangent(NamedTuple):
     z0: Tensor | None  # [B, *state], or None where the noise does not depend on z0
     tensors: dict[int, Tensor]  # by position in NoiseSource.tensors
 
-
-class Draw(NamedTuple):
-    """One injection as plain numbers, which is all that a kernel needs to know of it.
-
-    ``n = normal * N(normal_seed, step) + weight * f(z0)``, where ``kind`` names f.
-    """
-
-    kind: int  # OFF, SINCOS, SIGNED_ROLL or GIVEN
-    step: int  # the Philox counter's third word, `philox.counter` of the step and the draw
-    weight: float = 1.0
-    gain: float = 0.0  # sincos: f = gain * z0 + amplitude * sin(rate * z0 + phase)
-    rate: float = 0.0
-    amplitude: float = 0.0
-    phase: float = 0.0
-    seed: int = 0  # signed roll: seed of the signs
-    offset: int = 0  # signed roll: f[j] = sign[j] * z0[(j - offset) mod M]
-    normal: float = 0.0  # weight of the Philox normal
-    normal_seed: int = 0
-    given: Tensor | None = None  # f is this tensor
-
-
-OFF, SINCOS, SIGNED_ROLL, GIVEN = range(4)
 
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # its multiples fill the circle evenly and never repeat
 
@@ -107,6 +86,23 @@ class NoiseSource(ABC):
         dz0, *rest = torch.autograd.grad(noise, inputs, g.to(noise.dtype), allow_unused=True)
         found = zip(wanted, rest, strict=True)
         return Cotangent(dz0, {k: x for k, x in found if x is not None})
+
+    def identity(self) -> Any:
+        """What makes this the same source in another process, for the checkpoint of `optimize`.
+
+        Plain values and tensors, alone or in lists, tuples and dicts. A dataclass has it for free,
+        by its fields; a source of your own that is none returns, say, ``{"seed": self.seed}``.
+        """
+        own = "__dataclass_fields__" in vars(type(self))
+        names: list[str] = [f.name for f in fields(self)] if is_dataclass(self) else []
+        if not own and (not names or vars(self).keys() - names):
+            _checks.fail_type(
+                "noise",
+                'have a method identity() that returns what makes it this source, as {"seed": '
+                "self.seed}, or be a dataclass, for the checkpoint to be of this run",
+                self,
+            )
+        return {name: getattr(self, name) for name in names}
 
     def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> "NoiseSource":
         """Checks the source against the noises that a run injects, in order, and fits it."""
@@ -339,6 +335,9 @@ class Given(NoiseSource):
     @property
     def of_z0(self) -> bool:
         return False
+
+    def identity(self) -> Any:
+        return {"tensors": self._tensors}
 
     def __repr__(self) -> str:
         return f"Given({len(self._tensors)} tensors)"

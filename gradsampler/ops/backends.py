@@ -18,8 +18,6 @@ from gradsampler.ops import reference
 
 __all__ = ["Backend", "available", "choose"]
 
-MAX_TERMS = 6  # of one fused step
-
 
 @dataclass(frozen=True)
 class Backend:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.contract import ANCESTRAL, Draw
 from gradsampler.noise import philox
-from gradsampler.noise.sources import Draw, NoiseSource, draw_of
+from gradsampler.noise.sources import NoiseSource, draw_of
 from gradsampler.ops import library
 
 __all__ = ["ancestral_step", "flow_pair", "reparameterize", "step"]
@@ -64,21 +65,21 @@ def step(
         _checks.floating(f"step: terms[{k}]", x)
         _checks.shape(f"step: terms[{k}]", x, first.shape)
         _checks.device(f"step: terms[{k}]", x, first.device)
-    numbers, tensor = _coefficients("step", coefs, len(terms), len(first))
+    factors, tensor = _coefficients("step", coefs, len(terms), len(first))
     amount = _amount(noise_coef, noise, len(first))
     injection = _injection(noise, z0, step, num_steps, draw, terms)
     dtype = _result_dtype(out, out_dtype, first)
-    words, wave, given = library.lowered(injection)
+    words, numbers, given = library.lowered(injection)
     result: Tensor = library.step(
         list(terms),
-        numbers,
+        factors,
         tensor,
         z0,
         given,
         0.0 if isinstance(amount, Tensor) else amount,
         amount if isinstance(amount, Tensor) else None,
         words,
-        wave,
+        numbers,
         dtype,
         backend or "",
     )
@@ -186,7 +187,7 @@ def ancestral_step(
     _per_sample("ancestral_step: nonzero", nonzero, x)
     if clamp is not None and not clamp[0] <= clamp[1]:
         _checks.fail("ancestral_step: clamp", "be (low, high) with low <= high", clamp)
-    numbers, tensor = _coefficients("ancestral_step", coefs, 6, len(x))
+    numbers, tensor = _coefficients("ancestral_step", coefs, len(ANCESTRAL), len(x))
     if tensor is None:
         tensor = torch.tensor(numbers, dtype=torch.float64, device=x.device)
     bounds = [] if clamp is None else [float(c) for c in clamp]

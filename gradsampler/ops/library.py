@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops in torch.library: schema, implementation, fake and autograd of each.
 
-An injection travels as plain numbers: ``words`` holds the integers of a `noise.Draw`, ``wave`` its
-floats; both are empty where nothing is injected. Coefficients are floats (``numbers``), or a tensor
-that may require grad. A backward that is itself differentiated falls back to plain torch.
+An injection travels as the ``words`` and ``numbers`` of a `Draw`, both empty where nothing is
+injected. Coefficients are floats (``factors``), or a tensor that may require grad. A backward that
+is itself differentiated falls back to plain torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler.noise.sources import Draw
+from gradsampler.contract import Draw
 from gradsampler.ops import backends, reference
 
 _LIBRARY = torch.library.Library("gradsampler", "DEF")
@@ -35,39 +35,13 @@ def _backend(name: str, x: Tensor) -> backends.Backend:
     return backends.choose(name or None, x.device)
 
 
-def _signed(word: int) -> int:
-    # Schemas have signed 64-bit integers, seeds are unsigned ones.
-    return word - 2**64 if word >= 2**63 else word
-
-
 def lowered(draw: Draw | None) -> tuple[list[int], list[float], Tensor | None]:
-    """An injection as arguments of an op: words, wave and the given tensor."""
-    if draw is None:
-        return [], [], None
-    words = [draw.kind, draw.step, _signed(draw.seed), draw.offset, _signed(draw.normal_seed)]
-    wave = [draw.weight, draw.gain, draw.rate, draw.amplitude, draw.phase, draw.normal]
-    return words, wave, draw.given
+    """An injection as arguments of an op: words, numbers and the given tensor."""
+    return ([], [], None) if draw is None else (draw.words, draw.numbers, draw.given)
 
 
-def _raised(words: Sequence[int], wave: Sequence[float], given: Tensor | None) -> Draw | None:
-    if not words:
-        return None
-    kind, step, seed, offset, normal_seed = words
-    weight, gain, rate, amplitude, phase, normal = wave
-    return Draw(
-        kind=kind,
-        step=step,
-        weight=weight,
-        gain=gain,
-        rate=rate,
-        amplitude=amplitude,
-        phase=phase,
-        seed=seed % 2**64,
-        offset=offset,
-        normal=normal,
-        normal_seed=normal_seed % 2**64,
-        given=given,
-    )
+def _raised(words: Sequence[int], numbers: Sequence[float], given: Tensor | None) -> Draw | None:
+    return Draw.of(words, numbers, given) if words else None
 
 
 def _contiguous(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -97,29 +71,29 @@ def _twice(
 
 
 _STEP = (
-    "Tensor[] terms, float[] numbers, Tensor? coefs, Tensor? z0, Tensor? given, "
-    "float noise_number, Tensor? noise_coef, int[] words, float[] wave, "
+    "Tensor[] terms, float[] factors, Tensor? coefs, Tensor? z0, Tensor? given, "
+    "float noise_number, Tensor? noise_coef, int[] words, float[] numbers, "
 )
 
 
 def _step(
     terms: list[Tensor],
-    numbers: list[float],
+    factors: list[float],
     coefs: Tensor | None,
     z0: Tensor | None,
     given: Tensor | None,
     noise_number: float,
     noise_coef: Tensor | None,
     words: list[int],
-    wave: list[float],
+    numbers: list[float],
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     result: Tensor = _backend(backend, terms[0]).step_fwd(
         terms,
-        numbers if coefs is None else coefs,
+        factors if coefs is None else coefs,
         z0,
-        _raised(words, wave, given),
+        _raised(words, numbers, given),
         noise_number if noise_coef is None else noise_coef,
         out_dtype=out_dtype,
     )
@@ -133,14 +107,14 @@ def _step_fake(terms: list[Tensor], *arguments: Any) -> Tensor:
 def _step_backward(
     g: Tensor,
     terms: list[Tensor],
-    numbers: list[float],
+    factors: list[float],
     coefs: Tensor | None,
     z0: Tensor | None,
     given: Tensor | None,
     noise_number: float,
     noise_coef: Tensor | None,
     words: list[int],
-    wave: list[float],
+    numbers: list[float],
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
@@ -151,9 +125,9 @@ def _step_backward(
     grads = _backend(backend, g).step_bwd(
         g,
         terms,
-        numbers if coefs is None else coefs,
+        factors if coefs is None else coefs,
         z0,
-        _raised(words, wave, given),
+        _raised(words, numbers, given),
         noise_number if noise_coef is None else noise_coef,
         dz0=dz0,
         needs_terms=needs[:count],
@@ -177,34 +151,34 @@ def _step_backward_fake(g: Tensor, terms: list[Tensor], *arguments: Any) -> list
 
 
 def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    terms, numbers, coefs, z0, given, noise_number, noise_coef, words, wave, _, backend = inputs
+    terms, factors, coefs, z0, given, noise_number, noise_coef, words, numbers, _, backend = inputs
     # Only the gradient of the coefficients reads the terms; else their dtypes are enough.
     learned = coefs is not None and coefs.requires_grad
     kept = terms if learned else [x.new_empty(0) for x in terms]
     ctx.save_for_backward(*kept, coefs, z0, given, noise_coef)
-    ctx.numbers = (numbers, noise_number, words, wave, backend)
+    ctx.rest = (factors, noise_number, words, numbers, backend)
 
 
 def _step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     needs_terms, _, needs_coefs, needs_z0, needs_given, _, needs_noise, *_ = ctx.needs_input_grad
     needs = [*needs_terms, needs_coefs, needs_z0, needs_given, needs_noise]
     *terms, coefs, z0, given, noise_coef = ctx.saved_tensors
-    numbers, noise_number, words, wave, backend = ctx.numbers
+    factors, noise_number, words, numbers, backend = ctx.rest
     if torch.is_grad_enabled():
         whole = [x if x.numel() else torch.zeros_like(g, dtype=x.dtype) for x in terms]
 
         def run(inputs: list[Tensor | None]) -> Tensor:
             *parts, c, z, n, s = inputs
-            rest = (z, n, noise_number, s, words, wave, g.dtype, "reference")
-            return _step([x for x in parts if x is not None], numbers, c, *rest)
+            rest = (z, n, noise_number, s, words, numbers, g.dtype, "reference")
+            return _step([x for x in parts if x is not None], factors, c, *rest)
 
         found = _twice(run, [*whole, coefs, z0, given, noise_coef], needs, g)
     else:
-        rest = (z0, given, noise_number, noise_coef, words, wave, needs, backend)
-        found = step_backward(g, terms, numbers, coefs, *rest)
+        rest = (z0, given, noise_number, noise_coef, words, numbers, needs, backend)
+        found = step_backward(g, terms, factors, coefs, *rest)
     *dterms, dcoefs, dz0, dgiven, dnoise = _spread(found, needs)
     # torch.library takes an empty list for a list of tensors, and wants it back as one.
-    lists: list[Any] = [None if x else [] for x in (numbers, words, wave)]
+    lists: list[Any] = [None if x else [] for x in (factors, words, numbers)]
     return dterms, lists[0], dcoefs, dz0, dgiven, None, dnoise, *lists[1:], None, None
 
 
@@ -502,17 +476,17 @@ def differentiable(backend: backends.Backend) -> backends.Backend:
         out_dtype: torch.dtype,
         **_: Any,
     ) -> Tensor:
-        words, wave, given = lowered(draw)
+        words, numbers, given = lowered(draw)
         tensor = None
         if any(isinstance(c, Tensor) for c in coefs):
             device = terms[0].device
             each = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in coefs]
             tensor = torch.stack(each)
-        numbers = [] if tensor is not None else [float(c) for c in coefs]
+        factors = [] if tensor is not None else [float(c) for c in coefs]
         amount = noise_coef if isinstance(noise_coef, Tensor) else None
         number = 0.0 if isinstance(noise_coef, Tensor) else noise_coef
         result: Tensor = step(
-            list(terms), numbers, tensor, z0, given, number, amount, words, wave, out_dtype,
+            list(terms), factors, tensor, z0, given, number, amount, words, numbers, out_dtype,
             backend.name,
         )  # fmt: skip
         return result

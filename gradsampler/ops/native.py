@@ -3,8 +3,8 @@
 
 The functions have the arguments of `gradsampler.ops.reference`; csrc/step_math.h has the formulas.
 They allocate and never differentiate. What the extension does not know is left to the reference:
-more than six terms or none, an amount of noise for each sample, an ancestral step without noise,
-and dtypes other than float64, float32, bfloat16 and float16.
+more terms than `MAX_TERMS` or none, an amount of noise for each sample, an ancestral step without
+noise, and dtypes other than float64, float32, bfloat16 and float16.
 """
 
 import importlib
@@ -16,13 +16,22 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.noise.sources import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+from gradsampler.contract import (
+    GIVEN,
+    MAX_TERMS,
+    OFF,
+    SIGNED_ROLL,
+    SINCOS,
+    AncestralGrads,
+    Draw,
+    FlowPairGrads,
+    StepGrads,
+    signed,
+)
 from gradsampler.ops import reference
-from gradsampler.ops.reference import AncestralGrads, FlowPairGrads, Numbers, StepGrads
+from gradsampler.ops.reference import Numbers
 
-MAX_TERMS = 6
 _DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-_NO_NOISE = ([0] * 5, [0.0] * 7)
 _module: Any = None
 _raw = torch.ops.gradsampler_native
 
@@ -87,10 +96,10 @@ def step_fwd(
     if out is None:
         out = _new(terms[0], out_dtype)
     model = None if model_scale is None else _new(out, model_dtype)
-    numbers, tensor = _split(coefs, out)
-    source, amount, words, wave = _injected(draw, z0, noise_coef)
+    factors, tensor = _split(coefs, out)
+    injected = _injected(draw, z0, noise_coef)
     _raw.step.default(
-        out, model, terms, numbers, tensor, source, amount, words, wave, clamp or (),
+        out, model, terms, factors, tensor, *injected, clamp or (),
         1.0 if model_scale is None else model_scale,
     )  # fmt: skip
     return out if model is None else (out, model)
@@ -127,14 +136,14 @@ def step_bwd(
         draw = None
     slots = [k for k, needed in enumerate(needs_terms) if needed]
     dterms = [_new(g, terms[k].dtype) for k in slots]
-    read, numbers, tensor = _operands(g, terms, coefs, needs_coefs or clamp is not None)
+    read, factors, tensor = _operands(g, terms, coefs, needs_coefs or clamp is not None)
     rows = (len(g),) if tensor is not None and tensor.ndim == 2 else ()
     dcoefs = _sums(g, *rows, len(terms)) if needs_coefs else None
     dnoise = _sums(g) if needs_noise_coef else None
-    source, amount, words, wave = _injected(draw, z0, noise_coef)
+    injected = _injected(draw, z0, noise_coef)
     _raw.step_bwd.default(
-        g, read, numbers, tensor, source, amount, words, wave, clamp or (),
-        dterms, slots, dcoefs, dnoise, dz0, dgiven,
+        g, read, factors, tensor, *injected, clamp or (), dterms, slots, dcoefs, dnoise,
+        dz0, dgiven,
     )  # fmt: skip
     fresh = iter(dterms)
     spread = [next(fresh) if needed else None for needed in needs_terms]
@@ -168,10 +177,8 @@ def adjoint_step(
     dz0 = _pulled(draw, z0, dz0)[1]
     lam = _new(inputs[0], lam_dtype)
     mu = None if b is None else _new(inputs[0], mu_dtype or inputs[-1].dtype)
-    source, amount, words, wave = _injected(draw if dz0 is not None else None, z0, noise_coef)
-    _raw.adjoint_step.default(
-        lam, mu, dz0, inputs, g is not None, weights, b or (), source, amount, words, wave
-    )
+    injected = _injected(draw if dz0 is not None else None, z0, noise_coef)
+    _raw.adjoint_step.default(lam, mu, dz0, inputs, g is not None, weights, b or (), *injected)
     return lam, mu
 
 
@@ -206,9 +213,9 @@ def leap(
     model = torch.empty_like(carried, dtype=model_dtype or out_dtype) if scales else None
     floats = [*terms, z0, draw.given if draw else None]
     wide = torch.float64 in {out_dtype, *(x.dtype for x in floats if x is not None)}
-    source, _, words, wave = _injected(draw, z0, noise_coef)
+    injected = _injected(draw, z0, noise_coef)
     _raw.leap.default(
-        carried, state, model, overflow, terms, coefs, source, words, wave, sign, scale,
+        carried, state, model, overflow, terms, coefs, *injected, sign, scale,
         1.0 if model_scale is None else model_scale, wide,
     )  # fmt: skip
     return state, model
@@ -229,10 +236,10 @@ def ancestral_step_fwd(
             x, model_output, noise, coefs, nonzero=nonzero, clamp=clamp
         )
     eps, v = _parts(x, model_output)
-    numbers, tensor = _split(coefs, x)
+    factors, tensor = _split(coefs, x)
     out = _new(x)
     _raw.ancestral_step.default(
-        out, x, eps, v, noise, numbers, tensor, _mask(nonzero, x), clamp or ()
+        out, x, eps, v, noise, factors, tensor, _mask(nonzero, x), clamp or ()
     )
     return out
 
@@ -257,13 +264,13 @@ def ancestral_step_bwd(
             needs_model_output=needs_model_output, needs_noise=needs_noise,
         )  # fmt: skip
     eps, v = _parts(x, model_output)
-    numbers, tensor = _split(coefs, x)
+    factors, tensor = _split(coefs, x)
     dx = _new(x) if needs_x else None
     doutput = _new(model_output) if needs_model_output else None
     dnoise = _new(noise) if needs_noise else None
     deps, dv = (None, None) if doutput is None else _parts(x, doutput)
     _raw.ancestral_step_bwd.default(
-        g, x, eps, v, noise, numbers, tensor, _mask(nonzero, x), clamp or (), dx, deps, dv, dnoise
+        g, x, eps, v, noise, factors, tensor, _mask(nonzero, x), clamp or (), dx, deps, dv, dnoise
     )
     return AncestralGrads(dx, doutput, dnoise)
 
@@ -280,7 +287,7 @@ def flow_pair_fwd(
     if x1 is not None and not _serves([x0, x1, t]):
         return reference.flow_pair_fwd(x0, t, x1, sigma_min=sigma_min)
     x_t, v = _new(x0), _new(x0)
-    _raw.flow_pair.default(x_t, v, None, x0, x1, t, sigma_min, _signed(seed))
+    _raw.flow_pair.default(x_t, v, None, x0, x1, t, sigma_min, signed(seed))
     return x_t, v
 
 
@@ -306,7 +313,7 @@ def flow_pair_bwd(
     dx0 = _new(x0) if needs_x0 else None
     dx1 = _new(x0 if x1 is None else x1) if needs_x1 else None
     dt = _new(t) if needs_t else None
-    _raw.flow_pair_bwd.default(gx, gv, x0, x1, t, sigma_min, _signed(seed), dx0, dx1, dt)
+    _raw.flow_pair_bwd.default(gx, gv, x0, x1, t, sigma_min, signed(seed), dx0, dx1, dt)
     return FlowPairGrads(dx0, dx1, dt)
 
 
@@ -363,21 +370,14 @@ def _pulled(
 
 def _injected(
     draw: Draw | None, z0: Tensor | None, noise_coef: float | Tensor
-) -> tuple[Tensor | None, Tensor | None, list[int], list[float]]:
-    """Source, amount where it is a tensor, and the numbers, in the order of the schemas."""
+) -> tuple[Tensor | None, float, Tensor | None, list[int], list[float]]:
+    """Source, amount as a number and as a tensor, words and numbers, as the schemas have them."""
     if draw is None:
-        return None, None, *_NO_NOISE
+        return None, 0.0, None, [], []
     amount = noise_coef if isinstance(noise_coef, Tensor) else None
     number = 0.0 if isinstance(noise_coef, Tensor) else noise_coef
-    words = [draw.kind, draw.step, draw.offset, _signed(draw.seed), _signed(draw.normal_seed)]
-    wave = [draw.weight, draw.gain, draw.rate, draw.amplitude, draw.phase, draw.normal, number]
     source = draw.given if draw.kind == GIVEN else None if draw.kind == OFF else z0
-    return source, amount, words, wave
-
-
-def _signed(word: int) -> int:
-    # Schemas have signed 64-bit integers, seeds are unsigned ones.
-    return word - 2**64 if word >= 2**63 else word
+    return source, number, amount, draw.words, draw.numbers
 
 
 def _parts(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,56 +6,24 @@ where a tensor is; results are rounded once.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradsampler.noise import philox
-from gradsampler.noise.sources import (
+from gradsampler.contract import (
     GIVEN,
     SIGNED_ROLL,
     SINCOS,
+    AncestralGrads,
     Draw,
-    signed_roll,
-    signed_roll_transpose,
+    FlowPairGrads,
+    ReparameterizeGrads,
+    StepGrads,
 )
+from gradsampler.noise import philox
+from gradsampler.noise.sources import signed_roll, signed_roll_transpose
 
 Numbers = Sequence[float] | Tensor  # K floats, or a tensor [K] or [B, K]
-
-
-class StepGrads(NamedTuple):
-    """What the backward of a step returns; None where it was not asked for."""
-
-    terms: list[Tensor | None]
-    coefs: Tensor | None
-    noise_coef: Tensor | None
-    given: Tensor | None
-
-
-class AncestralGrads(NamedTuple):
-    """What the backward of an ancestral step returns; None where it was not asked for."""
-
-    x: Tensor | None
-    model_output: Tensor | None
-    noise: Tensor | None
-
-
-class ReparameterizeGrads(NamedTuple):
-    """What the backward of a reparameterized draw returns; None where it was not asked for."""
-
-    mean: Tensor | None
-    log_variance: Tensor | None
-    noise: Tensor | None
-    nonzero: Tensor | None
-
-
-class FlowPairGrads(NamedTuple):
-    """What the backward of a flow pair returns; None where it was not asked for."""
-
-    x0: Tensor | None
-    x1: Tensor | None
-    t: Tensor | None
 
 
 def step_fwd(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimises initial noise through a whole sampling run."""
 
-import hashlib
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from gradsampler import _checks
 from gradsampler.arguments import Denoiser, checked_levels
+from gradsampler.engine import generators
 from gradsampler.engine.observer import NonFiniteError
 from gradsampler.engine.replay import RandomState
-from gradsampler.noise.sources import NoiseSource
+from gradsampler.optimization.buffers import Buffers
+from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
 from gradsampler.parameterization import Parameterization
 from gradsampler.sampling import sample
@@ -76,9 +78,12 @@ def optimize(
         regularizer: from z0 to a scalar penalty, such as `regularizers.ChiNorm`.
         grad_clip: largest norm of the gradient handed to the optimizer.
         checkpoint: a file saved atomically after each step; where it exists the run goes on from
-            it, and on the same machine gives the numbers of an uninterrupted run bit for bit.
+            it, and on the same machine gives the numbers of an uninterrupted run bit for bit. The
+            file of a run with other arguments, weights, buffers or code of the denoiser is refused,
+            with what differs; the loss alone is not looked at.
         identity: what else makes the run the same one, such as a name for the loss, which a file
-            cannot hold; a checkpoint with another is refused.
+            cannot hold; a checkpoint with another is refused. A text under the name of an argument
+            stands in place of what is seen of it.
         progress: shows a bar with loss and gradient norm.
         check_finite: stops with NonFiniteError before a NaN or an infinity reaches z0.
         **sample_kwargs: passed on to `sample`.
@@ -108,19 +113,22 @@ def optimize(
     history: list[OptimizeStep] = []
     journal = None
     if checkpoint is not None:
-        settings = {
-            "z0": z0,
-            "sigmas": levels,
-            "lr": lr,
-            "optimizer": type(update),
-            "maximize": maximize,
-            "grad_clip": grad_clip,
-            "regularizer": regularizer,
-            **{k: v for k, v in sample_kwargs.items() if k not in ("callback", "progress")},
-            **(identity or {}),
-        }
-        journal = Journal(checkpoint, {k: _described(v) for k, v in settings.items()})
-        history = _resume(journal, noise, update)
+        settings = _settings(
+            update,
+            sample_kwargs,
+            denoiser=denoiser,
+            z0=z0,
+            sigmas=levels,
+            lr=lr,
+            maximize=maximize,
+            grad_clip=grad_clip,
+            regularizer=regularizer,
+        )
+        seen = Identity(settings)
+        named = {name: {"": text} for name, text in (identity or {}).items()}
+        journal = Journal(checkpoint, seen.by_argument() | named)
+        run = _Run(noise, update, Buffers(seen), generators.reachable(settings))
+        history = run.resume(journal.load())
 
     with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
         while len(history) < steps:
@@ -145,7 +153,7 @@ def optimize(
             seconds = time.perf_counter() - start
             history.append(OptimizeStep(value.item(), size, level, seconds))
             if journal is not None:
-                journal.save(_state(noise, update, history))
+                journal.save(run.state(history))
             bar.set_postfix(loss=f"{history[-1].loss:.4g}", grad=f"{size:.3g}", refresh=False)
             bar.update()
     with torch.no_grad():
@@ -208,46 +216,52 @@ def _gradient(value: Tensor, objective: Tensor, noise: Tensor) -> Tensor:
     return gradient
 
 
-def _described(value: object) -> str:
-    """A value as text that is the same in another process, with digests for tensors."""
-    if isinstance(value, Tensor):
-        data = value.detach().to("cpu").reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        return f"{value.dtype} {list(value.shape)} {digest}"
-    if isinstance(value, Mapping):
-        return str({str(k): _described(v) for k, v in value.items()})
-    if isinstance(value, list | tuple):
-        return str([_described(x) for x in value])
-    if value is None or isinstance(value, str | int | float | torch.dtype):
-        return str(value)
-    kind = value if isinstance(value, type) else type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(value, NoiseSource) and not is_dataclass(value):
-        return f"{name} {_described(value.tensors)}"
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: _described(getattr(value, f.name)) for f in fields(value)}
-        return f"{name} {parts}"
-    return name
-
-
-def _state(
-    noise: Tensor, update: torch.optim.Optimizer, history: list[OptimizeStep]
-) -> dict[str, Any]:
-    return {
-        "z0": noise.detach(),
-        "optimizer": update.state_dict(),
-        "history": [tuple(step) for step in history],
-        "random": RandomState(noise.device).tensors,
+def _settings(
+    update: torch.optim.Optimizer, sample_kwargs: Mapping[str, Any], **arguments: object
+) -> dict[str, object]:
+    """What the numbers of an optimisation depend on, defaults of `sample` included."""
+    (group, *_) = update.param_groups
+    optimizer = {"type": type(update)} | {k: v for k, v in group.items() if k != "params"}
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(sample).parameters.items()
+        if parameter.default is not parameter.empty
     }
+    sampler = {k: v for k, v in (defaults | dict(sample_kwargs)).items() if k not in _WATCHING}
+    return {**arguments, "optimizer": optimizer, **sampler}
 
 
-def _resume(journal: Journal, noise: Tensor, update: torch.optim.Optimizer) -> list[OptimizeStep]:
-    """Puts noise, optimizer and random state where the saved run stood; returns its history."""
-    state = journal.load()
-    if state is None:
-        return []
-    with torch.no_grad():
-        noise.copy_(state["z0"])
-    update.load_state_dict(state["optimizer"])
-    RandomState(noise.device, state["random"]).restore()
-    return [OptimizeStep(*step) for step in state["history"]]
+_WATCHING = ("callback", "progress", "check_finite")  # change no number
+
+
+class _Run:
+    """What moves in the course of an optimisation, as a state for a file."""
+
+    def __init__(
+        self,
+        noise: Tensor,
+        update: torch.optim.Optimizer,
+        buffers: Buffers,
+        held: Sequence[torch.Generator],
+    ) -> None:
+        self._noise, self._update, self._buffers, self._held = noise, update, buffers, held
+
+    def state(self, history: list[OptimizeStep]) -> dict[str, Any]:
+        return {
+            "z0": self._noise.detach(),
+            "optimizer": self._update.state_dict(),
+            "history": [tuple(step) for step in history],
+            "random": RandomState(self._noise.device, generators=self._held).tensors,
+            "buffers": self._buffers.changed(),
+        }
+
+    def resume(self, state: dict[str, Any] | None) -> list[OptimizeStep]:
+        """Puts everything where the saved run stood; returns its history."""
+        if state is None:
+            return []
+        with torch.no_grad():
+            self._noise.copy_(state["z0"])
+        self._update.load_state_dict(state["optimizer"])
+        self._buffers.restore(state["buffers"])
+        RandomState(self._noise.device, state["random"], self._held).restore()
+        return [OptimizeStep(*step) for step in state["history"]]

@@ -10,27 +10,36 @@ from gradsampler.engine.program import Recorder
 from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
 from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
+from gradsampler.solvers.consistency import Consistency
+from gradsampler.solvers.correction import SASolver, UniPC
 from gradsampler.solvers.ddim import DDIM, DDPM
 from gradsampler.solvers.deis import DEIS
-from gradsampler.solvers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE
+from gradsampler.solvers.dpm_solver import DPMFast
+from gradsampler.solvers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
+from gradsampler.solvers.er_sde import ERSDE
 from gradsampler.solvers.euler import Euler
 from gradsampler.solvers.heun import DPM2, Heun, HeunEDMx0, HeunPP2, Kutta3, Midpoint
 from gradsampler.solvers.res import Res2AB, Res2Mid, Res2MidStable
 from gradsampler.solvers.reversible import MidpointReversible
+from gradsampler.solvers.seeds import Seeds2, Seeds3
 
 __all__ = [
     "DDIM",
     "DDPM",
     "DEIS",
     "DPM2",
+    "ERSDE",
     "IPNDM",
     "LMS",
     "Churn",
+    "Consistency",
     "DPM2Ancestral",
+    "DPMFast",
     "DPMpp2M",
     "DPMpp2MSDE",
     "DPMpp2SAncestral",
     "DPMpp3MSDE",
+    "DPMppSDE",
     "Euler",
     "EulerAncestral",
     "GradientEstimation",
@@ -45,7 +54,11 @@ __all__ = [
     "Res2AB",
     "Res2Mid",
     "Res2MidStable",
+    "SASolver",
+    "Seeds2",
+    "Seeds3",
     "Solver",
+    "UniPC",
     "names",
     "register",
     "resolve",
@@ -54,6 +67,16 @@ __all__ = [
 _REGISTRY: dict[str, Callable[[], Solver]] = {
     "deis": DEIS,
     "dpm_2": DPM2,
+    "dpm_fast": DPMFast,
+    "dpmpp_sde": DPMppSDE,
+    "er_sde": ERSDE,
+    "lcm": Consistency,
+    "sa_solver": SASolver,
+    "sa_solver_pece": partial(SASolver, pece=True),
+    "seeds_2": Seeds2,
+    "seeds_3": Seeds3,
+    "uni_pc": UniPC,
+    "uni_pc_bh2": partial(UniPC, variant="bh2"),
     "dpm_2_ancestral": DPM2Ancestral,
     "dpmpp_2m_sde_heun": partial(DPMpp2MSDE, variant="heun"),
     "dpmpp_2s_ancestral": DPMpp2SAncestral,

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from gradsampler import _checks
 from gradsampler.coordinates import FlowTime
-from gradsampler.elementary import Coefficient, sqrt
+from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
 from gradsampler.solvers.exponential import at_an_end, first_order, predicted_between
@@ -23,10 +23,10 @@ def ancestral_levels(
     """
     if eta == 0 or t == 0:
         return t, None
-    up = eta * (t / s) * sqrt(s**2 - t**2)
+    up = eta * (t / s) * sqrt(square(s) - square(t))
     if up >= t:
         return 0 * t, t
-    return sqrt(t**2 - up**2), up
+    return sqrt(square(t) - square(up)), up
 
 
 class Descent(NamedTuple):
@@ -49,10 +49,14 @@ class Descent(NamedTuple):
         if eta == 0 or t == 0:
             return cls(t, 1.0, None)
         down = t * (1 - eta * (1 - t / s))
-        if down <= 0:
-            return cls(0 * t, 1 - t, t)
-        gain = (1 - t) / (1 - down)
-        return cls(down, gain, sqrt(t**2 - (gain * down) ** 2))
+        return cls.reaching(run, down if down > 0 else 0 * t, t)
+
+    @classmethod
+    def reaching(cls, run: Recorder, down: Coefficient, t: Coefficient) -> "Descent":
+        """The descent to a level ``down`` of at most t."""
+        gain = run.coordinates.alpha(t) / run.coordinates.alpha(down)
+        variance = square(t) - square(gain * down)
+        return cls(down, gain, sqrt(variance) if variance > 0 else None)
 
     def ascended(self, run: Recorder, x: Affine, s_noise: Coefficient) -> Affine:
         """The state x at the level ``down``, brought up."""

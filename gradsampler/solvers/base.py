@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gradsampler import _checks
@@ -100,18 +99,19 @@ class Solver(ABC):
             churn: raises the level before each step.
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
         """
-        model, levels = parameterize(denoiser, prediction).on(sigmas), sigmas.unbind()
-        run = Recorder(model, len(levels) - 1)
-        if torch.isinf(sigmas[0]):
-            noise, denoised = run.denoise(run.z0(), sigmas[0])
+        levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
+        run = Recorder(parameterize(denoiser, prediction).on(levels), len(levels) - 1)
+        rest = levels
+        if levels[0] == math.inf:
+            noise, denoised = run.denoise(run.z0(), levels[0])
             run.predictions.clear()  # no method interpolates from infinity
-            run.step, levels, x = 1, levels[1:], denoised + levels[1] * noise
+            run.step, rest, x = 1, levels[1:], denoised + levels[1] * noise
         else:
-            x = sigmas[0] * run.z0()
-        x = self.steps(run, x, levels, churn or Churn(0.0))
+            x = levels[0] * run.z0()
+        x = self.steps(run, x, rest, churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps
-            _, x = run.denoise(x, sigmas[-1])
+            _, x = run.denoise(x, levels[-1])
         return run.finish(x)
 
     def steps(
@@ -123,3 +123,15 @@ class Solver(ABC):
             noise, s = churn.raised(run, s)
             x = self.step(run, x + noise, s, t)
         return x
+
+
+class Sweep(Solver):
+    """A method whose step depends on the steps around it: it overrides `steps` instead."""
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        return self.steps(run, x, (s, t), Churn(0.0))
+
+    @abstractmethod
+    def steps(
+        self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
+    ) -> Affine: ...

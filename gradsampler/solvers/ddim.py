@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, sqrt
+from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
-from gradsampler.solvers.exponential import epsilon
+from gradsampler.solvers.exponential import epsilon, renoising_step
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,7 @@ class DDIM(Solver):
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        if t == 0:
-            return denoised
-        alpha = run.coordinates.alpha
-        x, clean = epsilon(run, x, denoised, s), alpha(t) * denoised
-        if self.eta == 0:
-            return clean + t * x
-        ratio = (t * alpha(s)) / (s * alpha(t))
-        kept = 1 - self.eta**2 * (1 - ratio**2)
-        along = sqrt(kept) if kept > 0 else 0.0  # 0 where s is noise alone, and eta 1
-        up = self.eta * sqrt(1 - ratio**2)
-        return clean + t * along * x + self.s_noise * t * up * run.noise()
+        return renoising_step(run, x, denoised, s, t, self.eta, self.s_noise)
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ class DDPM(Solver):
         alpha = run.coordinates.alpha
         ratio = (t * alpha(s)) / (s * alpha(t))
         x = alpha(t) * denoised + t * ratio * epsilon(run, x, denoised, s)
-        up = t * sqrt(1 - ratio**2)
+        up = t * sqrt(1 - square(ratio))
         if self.variance == "fixed_large":
-            up = up * sqrt((1 + t**2) / (1 + s**2)) * s / t
+            up = up * sqrt((1 + square(t)) / (1 + square(s))) * s / t
         return x + self.s_noise * up * run.noise()

@@ -4,27 +4,23 @@
 import math
 from dataclasses import dataclass
 
-from numpy.polynomial.legendre import leggauss
-
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, exp, log, sqrt
+from gradsampler.elementary import Coefficient, log, sqrt, square
 from gradsampler.engine.program import Affine, Denoised, Recorder
 from gradsampler.solvers.adams import check_order
 from gradsampler.solvers.base import Solver
 from gradsampler.solvers.exponential import at_an_end, earlier, epsilon, first_order
-from gradsampler.solvers.interpolation import adams, combined, interpolatory
+from gradsampler.solvers.interpolation import adams, combined, integral, interpolatory
 
 # The VP schedule of Karras et al. 2022, table 1, that has level 80 at time 1 and 0.002 at 0.001.
 _TOP = math.log1p(80**2)
 _BETA_D = 2 * (math.log1p(0.002**2) / 1e-3 - _TOP) / (1e-3 - 1)
 _BETA_MIN = _TOP - _BETA_D / 2
 
-_NODES, _WEIGHTS = (array.tolist() for array in leggauss(32))
-
 
 def vp_time(rho: Coefficient) -> Coefficient:
     """The time at which that schedule has the noise-to-signal ratio rho."""
-    return (sqrt(_BETA_MIN**2 + 2 * _BETA_D * log(1 + rho**2)) - _BETA_MIN) / _BETA_D
+    return (sqrt(_BETA_MIN**2 + 2 * _BETA_D * log(1 + square(rho))) - _BETA_MIN) / _BETA_D
 
 
 @dataclass(frozen=True)
@@ -73,13 +69,9 @@ class DEIS(Solver):
         if self.variable == "rho":
             nodes = [(rho(p.sigma) - start) / (end - start) for p in points]
             return [(end - start) * w for w in adams(nodes)]
-        # Gauss's rule in ln(rho), where the singularities of the time are far.
-        half = log(end / start) / 2
-        moments: list[Coefficient] = [0.0] * len(points)
-        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
-            there = start * exp((1 + node) * half)
-            power: Coefficient = weight * half * there
-            for k in range(len(points)):
-                moments[k] = moments[k] + power
-                power = power * (vp_time(there) - vp_time(start))
-        return interpolatory([vp_time(rho(p.sigma)) - vp_time(start) for p in points], moments)
+        nodes = [vp_time(rho(p.sigma)) - vp_time(start) for p in points]
+
+        def moment(k: int) -> Coefficient:
+            return integral(lambda u: (vp_time(u) - vp_time(start)) ** k, start, end)
+
+        return interpolatory(nodes, [moment(k) for k in range(len(points))])

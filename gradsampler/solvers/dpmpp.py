@@ -13,6 +13,7 @@ from gradsampler.solvers.exponential import (
     earlier,
     first_order,
     phi,
+    renoising_step,
     reverse_sde_step,
 )
 
@@ -110,3 +111,38 @@ class DPMpp3MSDE(Solver):
             change = change + r * curvature
             x = x - alpha * z * phi(3, z) * curvature
         return x - alpha * z * phi(2, z) * change
+
+
+@dataclass(frozen=True)
+class DPMppSDE(Solver):
+    """DPM-Solver++ with a noise at each of its two evaluations, as in k-diffusion.
+
+    The noise of the whole step is drawn anew at its end.
+
+    Args:
+        eta: share of ancestral noise; 0 is DPM-Solver++(2S).
+        s_noise: factor of the injected noise.
+        r: where in the step, in half log-SNR, the second evaluation is.
+    """
+
+    stochastic: ClassVar[bool] = True
+    flow = True
+    eta: float = 1.0
+    s_noise: float = 1.0
+    r: float = 0.5
+
+    def __post_init__(self) -> None:
+        _checks.finite("dpmpp_sde: eta", self.eta, 0.0)
+        _checks.finite("dpmpp_sde: s_noise", self.s_noise, 0.0)
+        if not 0 < _checks.finite("dpmpp_sde: r", self.r) <= 1:
+            _checks.fail("dpmpp_sde: r", "be above 0 and at most 1", self.r)
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        x, denoised = run.denoise(x, s)
+        noise = self.eta, self.s_noise
+        if not at_an_end(run, s, t):
+            half_log_snr = run.coordinates.half_log_snr
+            inner = run.coordinates.level((1 - self.r) * half_log_snr(s) + self.r * half_log_snr(t))
+            _, at_inner = run.denoise(renoising_step(run, x, denoised, s, inner, *noise), inner)
+            denoised = denoised + (at_inner - denoised) / (2 * self.r)
+        return renoising_step(run, x, denoised, s, t, *noise)

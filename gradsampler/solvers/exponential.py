@@ -8,7 +8,7 @@ and where a state is noise alone, each of their steps has the first-order one as
 
 import math
 
-from gradsampler.elementary import Coefficient, as_float, exp, expm1, sqrt
+from gradsampler.elementary import Coefficient, as_float, exp, expm1, sqrt, square
 from gradsampler.engine.program import Affine, Denoised, Recorder
 
 # Below this the closed forms cancel; the Taylor series is then exact to rounding.
@@ -99,3 +99,29 @@ def reverse_sde_step(
     h = run.coordinates.half_log_snr(t) - run.coordinates.half_log_snr(s)
     x = t / s * exp(-eta * h) * x - alpha(t) * expm1(-(1 + eta) * h) * denoised
     return x + s_noise * t * sqrt(-expm1(-2 * eta * h)) * run.noise()
+
+
+def renoising_step(
+    run: Recorder,
+    x: Affine,
+    denoised: Affine,
+    s: Coefficient,
+    t: Coefficient,
+    eta: Coefficient,
+    s_noise: Coefficient,
+) -> Affine:
+    """DDIM's step, with a share of the noise drawn anew (arXiv 2010.02502, equations 12 and 16).
+
+    In VE coordinates it is the ancestral step of k-diffusion; an eta above 1 acts as far as there
+    is noise to draw.
+    """
+    alpha = run.coordinates.alpha
+    if t == 0:
+        return denoised
+    x, clean = epsilon(run, x, denoised, s), alpha(t) * denoised
+    if eta == 0:
+        return clean + t * x
+    fresh = eta * sqrt(1 - square((t * alpha(s)) / (s * alpha(t))))
+    if fresh >= 1:
+        return clean + s_noise * t * run.noise()
+    return clean + t * sqrt(1 - square(fresh)) * x + s_noise * t * fresh * run.noise()

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from gradsampler.elementary import Coefficient, sqrt
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.solvers.base import Churn, Solver
+from gradsampler.solvers.base import Churn, Solver, Sweep
 from gradsampler.solvers.exponential import first_order
 
 
@@ -99,7 +99,7 @@ class Kutta3(Solver):
 
 
 @dataclass(frozen=True)
-class HeunPP2(Solver):
+class HeunPP2(Sweep):
     """Heun++ with slopes at this level and the two after it, as in ComfyUI.
 
     The later slopes weigh by their share of the run's first level, so that the method is of first
@@ -107,9 +107,6 @@ class HeunPP2(Solver):
     """
 
     flow = True
-
-    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
-        return self.steps(run, x, (s, t), Churn(0.0))
 
     def steps(
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn

@@ -2,11 +2,15 @@
 """Weights that integrate the polynomial through a few points exactly, for multistep methods."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from gradsampler.elementary import Coefficient
+from numpy.polynomial.legendre import leggauss
+
+from gradsampler.elementary import Coefficient, exp, log
 from gradsampler.engine.program import Affine
 from gradsampler.solvers.exponential import phi
+
+_NODES, _WEIGHTS = (array.tolist() for array in leggauss(32))
 
 
 def interpolatory(
@@ -36,6 +40,27 @@ def adams(nodes: Sequence[Coefficient], z: Coefficient = 0.0) -> list[Coefficien
     """
     moments = [math.factorial(k) * phi(k + 1, z) for k in range(len(nodes))]
     return interpolatory(nodes, moments)
+
+
+def halved(nodes: Sequence[Coefficient], z: Coefficient, factor: Coefficient) -> list[Coefficient]:
+    """`adams` for two nodes, 0 and another, with ``factor/2`` in place of phi2(z).
+
+    UniPC and the SA-Solver publish this simplification; it is of the same order.
+    """
+    weight = factor / (2 * nodes[1])
+    return [phi(1, z) - weight, weight]
+
+
+def integral(
+    f: Callable[[Coefficient], Coefficient], start: Coefficient, end: Coefficient
+) -> Coefficient:
+    """The integral of a smooth f between two positive numbers, by Gauss's rule in the logarithm."""
+    half = log(end / start) / 2
+    total: Coefficient = 0.0
+    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+        u = start * exp((1 + node) * half)
+        total = total + weight * half * u * f(u)
+    return total
 
 
 def combined(weights: Iterable[Coefficient], values: Iterable[Affine]) -> Affine:

@@ -9,11 +9,11 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.ancestral import ancestral_levels
-from gradsampler.solvers.base import Churn, Solver
+from gradsampler.solvers.base import Churn, Sweep
 
 
 @dataclass(frozen=True)
-class MidpointReversible(Solver):
+class MidpointReversible(Sweep):
     """The explicit midpoint rule over two intervals (leapfrog), in additive coordinates.
 
     With ``w = x/s`` and ``tau = 1/s`` the equation dx/ds = (x - D)/s is dw/dtau = D. So is
@@ -46,9 +46,6 @@ class MidpointReversible(Solver):
     @property
     def flow(self) -> bool:  # type: ignore[override]
         return self.eta == 0  # ancestral noise is that of VE coordinates
-
-    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
-        return self.steps(run, x, (s, t), Churn(0.0))
 
     def steps(
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn

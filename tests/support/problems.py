@@ -19,8 +19,9 @@ def column(sigma, x: Tensor) -> Tensor:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers, the same each time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    """Standard normal numbers, the same each time and, to rounding, in each dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 class Gaussian(NamedTuple):

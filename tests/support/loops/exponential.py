@@ -4,6 +4,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 from scipy import integrate
 
 from support.loops.run import direct
@@ -180,7 +181,7 @@ def vp_time(rho):
     top, bottom = math.log(80**2 + 1), math.log(0.002**2 + 1) / 1e-3
     beta_d = 2 * (bottom - top) / (1e-3 - 1)
     beta_min = top - beta_d / 2
-    return (math.sqrt(beta_min**2 + 2 * beta_d * math.log(rho**2 + 1)) - beta_min) / beta_d
+    return (np.sqrt(beta_min**2 + 2 * beta_d * np.log(rho**2 + 1)) - beta_min) / beta_d
 
 
 def lagrange(nodes, k, u):
@@ -189,8 +190,8 @@ def lagrange(nodes, k, u):
 
 
 def deis(run, x, levels, order=3, variable="time"):
-    """Past noises as a polynomial, the integrals by QUADPACK."""
-    of_rho = {"time": vp_time, "rho": float, "log_rho": math.log}[variable]
+    """Past noises as a polynomial, the integrals by quadrature."""
+    of_rho = {"time": vp_time, "rho": np.asarray, "log_rho": np.log}[variable]
     past = []  # rho and noise, the latest first
     for s, t in pairwise(levels):
         clean = run.denoise(x, s)
@@ -206,7 +207,7 @@ def deis(run, x, levels, order=3, variable="time"):
             def basis(rho, k=k, nodes=nodes):
                 return lagrange(nodes, k, of_rho(rho))
 
-            x = x + integrate.quad(basis, start, end, epsabs=1e-13, epsrel=1e-13)[0] * noise
+            x = x + float(integrate.fixed_quad(basis, start, end, n=60)[0]) * noise
         x = run.alpha(t) * x
     return x
 

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oldest versions that pyproject.toml promises, as pip takes them; for ``make test-oldest``.
+
+python -P tests/oldest_versions.py          # torch==2.11 numpy==1.26 ...
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+ELSEWHERE = ("ruff", "mypy")  # they look at the code and do not run it
+
+
+def oldest(requirement: str) -> str:
+    """``name==lowest`` of ``name>=lowest,<2; marker``."""
+    name, lowest = re.match(r"([\w-]+)\s*>=\s*([\w.]+)", requirement).groups()
+    return f"{name}=={lowest}"
+
+
+def versions() -> list[str]:
+    """Of what the build, the package and its tests need."""
+    told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project, build = told["project"], told["build-system"]["requires"]
+    named = [*build, *project["dependencies"], *project["optional-dependencies"]["test"]]
+    return [oldest(each) for each in named if not each.startswith(ELSEWHERE)]
+
+
+if __name__ == "__main__":
+    print(*versions())

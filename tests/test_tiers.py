@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thinning of matrices of cases loses no value and no pair."""
+
+from itertools import combinations, product
+
+import pytest
+
+from support.tiers import covering, few, pairs
+
+AXES = [list("abcdefgh"), list("uvwxyz"), list("12"), list("+-")]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_pair_of_values_occurs(count):
+    axes = AXES[:count]
+    cases, spread = covering(*axes)
+    assert len(cases) == len(set(cases))
+    assert set(cases) <= set(product(*axes))
+    for (i, first), (j, second) in combinations(enumerate(axes), 2):
+        assert {(case[i], case[j]) for case in cases} == set(product(first, second))
+    for i, axis in enumerate(axes):
+        assert {case[i] for case in cases[:spread]} == set(axis)
+    # The two longest axes alone need 48 and 8.
+    assert len(cases) <= 48 * 1.2
+    assert spread == 8
+
+
+def test_the_rest_is_thorough():
+    mark = pairs(first="abc", second="xy")
+    assert mark.args[0] == ["first", "second"]
+    assert [bool(case.marks) for case in mark.args[1]] == [False] * 3 + [True] * 3
+    assert not any(case.marks for case in pairs(costly=False, first="abc", second="xy").args[1])
+    one, two, three = few(["a", "b", "c"], "b")
+    assert two == "b"
+    assert [one.marks[0].name, three.marks[0].name] == ["thorough"] * 2
