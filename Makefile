@@ -4,16 +4,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The folder kernels/ must not hide an installed package of that name.
-export PYTHONSAFEPATH := 1
-
-.PHONY: demo test lint bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
+.PHONY: demo test test-all coverage lint bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
 
+# Every behaviour in three minutes on two cores. Which tests cost too much for that was measured; the
+# marker `thorough` says so.
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not thorough and not slow"
+
+test-all: test
+	$(BIN)/python -m pytest -n 2 -m "thorough and not slow"
+
+# Line coverage of `make test` and of `make test-all`, and their times; appends rows to
+# benchmarks/results/.
+coverage: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/tiers.py
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -17,10 +17,13 @@ from gradsampler.engine.program import Program
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.noise.sources import NoiseSource, Off, SignedRoll
 from gradsampler.ops import backends
-from gradsampler.parameterization import Parameterization, model_dtype, parameterize
-from gradsampler.solvers import Churn, Solver
+from gradsampler.parameterization import Parameterization, by_value, model_dtype, parameterize
+from gradsampler.solvers import Churn, Solver, programs
+from gradsampler.solvers.programs import Programs
 
 Denoiser = Callable[..., Tensor]
+
+_PROGRAMS = Programs(count=64)
 
 
 def record(
@@ -39,7 +42,15 @@ def record(
     method = solvers.resolve(solver, eta, s_noise)
     levels = checked_levels(sigmas, flow=prediction == "flow", monotone=method.monotone)
     _check_solver(method, churn, flow=prediction == "flow")
-    return method.program(levels, model, churn=churn, final_denoise=final_denoise), model
+
+    def recorded() -> Program:
+        return method.program(levels, model, churn=churn, final_denoise=final_denoise)
+
+    maps, described = by_value(model), programs.described(method)
+    if levels.requires_grad or maps is None or described is None:
+        return recorded(), model
+    key = (described, maps, tuple(levels.tolist()), churn, final_denoise)
+    return _PROGRAMS.get(key, recorded), model
 
 
 def trajectory(

@@ -25,7 +25,7 @@ class Draw(NamedTuple):
     """One injection as plain numbers, which is all that a kernel needs to know of it.
 
     ``n = normal * N(normal_seed, step) + weight * f(z0)``, where ``kind`` names f. The order of
-    the fields is that of the lists in which an injection travels: `words`, then `numbers`.
+    the fields is that of the two lists in which an injection travels: `WORDS`, then `NUMBERS`.
     """
 
     kind: int  # OFF, SINCOS, SIGNED_ROLL or GIVEN
@@ -42,14 +42,14 @@ class Draw(NamedTuple):
     given: Tensor | None = None  # f is this tensor
 
     @property
-    def words(self) -> list[int]:
-        """The integers, as an op's schema takes them: seeds as signed 64-bit integers."""
-        return [self.kind, self.step, signed(self.seed), self.offset, signed(self.normal_seed)]
-
-    @property
-    def numbers(self) -> list[float]:
-        """The floats."""
-        return [self.weight, self.gain, self.rate, self.amplitude, self.phase, self.normal]
+    def lists(self) -> tuple[list[int], list[float]]:
+        """The words, seeds as the signed integers of a schema, and the numbers."""
+        (
+            kind, step, seed, offset, normal_seed,
+            weight, gain, rate, amplitude, phase, normal, _,
+        ) = self  # fmt: skip
+        words = [kind, step, signed(seed), offset, signed(normal_seed)]
+        return words, [weight, gain, rate, amplitude, phase, normal]
 
     @classmethod
     def of(cls, words: Sequence[int], numbers: Sequence[float], given: Tensor | None) -> "Draw":

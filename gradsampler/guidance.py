@@ -2,7 +2,7 @@
 """Classifier-free guidance: linear in the network's outputs, so it is in the coefficients."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from gradsampler.parameterization import (
     Network,
     Parameterization,
     Preconditioning,
+    by_value,
     checked_modules,
     parameterize,
 )
@@ -67,6 +68,13 @@ class Guided(Parameterization):
         if isinstance(scale, tuple):
             scale = scale[min(step, len(scale) - 1)]  # a final denoising has that of the last step
         return self._with(inner=self.inner.at(step), scale=scale)
+
+    def described(self) -> Hashable | None:
+        inner = by_value(self.inner)
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if inner is None or any(isinstance(scale, Tensor) for scale in scales):
+            return None
+        return Guided, inner, self.scale
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return self._guided(self.inner.preconditioning(sigma))
@@ -122,4 +130,6 @@ def _scale(scale: object) -> Coefficient | tuple[Coefficient, ...]:
     if _checks.floating("Guided: scale", scale).ndim > 1:
         _checks.fail("Guided: scale", "have shape [] or [N], one a step", list(scale.shape))
     scale = scale.to("cpu", torch.float64)
-    return scale.unbind() if scale.ndim else scale
+    if scale.ndim == 0:
+        return scale
+    return scale.unbind() if scale.requires_grad else tuple(scale.tolist())

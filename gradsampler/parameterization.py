@@ -14,7 +14,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
@@ -67,6 +67,10 @@ class Parameterization(ABC):
     @abstractmethod
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         """The map at the noise level ``sigma``, a float, or float64 levels of any shape."""
+
+    def described(self) -> Hashable | None:
+        """All that the affine map depends on, by value; None where that is not known."""
+        return None
 
     def limit(self) -> Preconditioning:
         """The map where sigma is infinite and a state is noise alone, as a map of x/sigma."""
@@ -146,6 +150,9 @@ class Prediction(Parameterization):
     def coordinates(self) -> Coordinates:
         return FlowTime() if self.kind == "flow" else VE()
 
+    def described(self) -> Hashable | None:
+        return Prediction, self.kind
+
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         if self.kind == "x0":
             return Preconditioning(0.0, (1.0,), 1.0, sigma)
@@ -188,6 +195,9 @@ class EDM(Parameterization):
             _checks.fail("EDM: sigma_data", "be positive", sigma_data)
         object.__setattr__(self, "sigma_data", sigma_data)
         object.__setattr__(self, "behind", checked_modules("EDM: modules", modules))
+
+    def described(self) -> Hashable | None:
+        return EDM, self.sigma_data
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         variance = square(sigma) + square(self.sigma_data)
@@ -269,6 +279,10 @@ class VP(Parameterization):
         between = ((x - before) / (behind - before)).clamp(0, 1)
         return after - 1 + torch.where(torch.isinf(sigma), 1.0, between)
 
+    def described(self) -> Hashable | None:
+        table = _described(self.timesteps)
+        return None if table is None else (VP, self.prediction, tuple(self._table), table)
+
     def _scales(self, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         if self.prediction == "x0":
             return 0.0, 1.0
@@ -327,10 +341,19 @@ class Flow(Parameterization):
         noise = 1.0 if self.timesteps is None else self.timesteps.first
         return Preconditioning(1.0, (-1.0,), 1.0, noise)
 
+    def described(self) -> Hashable | None:
+        table = _described(self.timesteps)
+        return None if table is None else (Flow, table)
+
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         shrink, t = 1 / (1 + sigma), _flow_time(sigma)
         told = t if self.timesteps is None else self.timesteps.told(t)
         return Preconditioning(shrink, (-sigma * shrink,), shrink, told)
+
+
+def _described(timesteps: Timesteps | None) -> Hashable | None:
+    """A table of timesteps by value, or that there is none; None where it is learned."""
+    return () if timesteps is None else timesteps.described()
 
 
 def _flow_time(sigma: Coefficient) -> Coefficient:
@@ -346,6 +369,11 @@ def _placed(model: Tabled, formula: Iterable[Coefficient]) -> Tabled:
     placed = copy.copy(model)
     placed.timesteps = model.timesteps.on(list(formula))
     return placed
+
+
+def by_value(model: Parameterization) -> Hashable | None:
+    """`Parameterization.described`, where the class itself says so and does not inherit it."""
+    return model.described() if "described" in vars(type(model)) else None
 
 
 def parameterize(denoiser: Parameterization | Network, prediction: str) -> Parameterization:

@@ -60,9 +60,9 @@ def sample(
         churn: raises the level before each step (Karras et al. 2022, algorithm 2).
         eta: amount of noise of an ancestral or SDE solver; None is the solver's own default.
         s_noise: factor of the noise of such a solver.
-        memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "truncated:STEPS",
-            or a `gradsampler.memory` object. "auto" keeps the activations of as many model calls as
-            there is room for, and makes the others again in backward.
+        memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
+            "truncated:STEPS", or a `gradsampler.memory` object. "auto" keeps the activations of as
+            many model calls as there is room for, and makes the others again in backward.
         final_denoise: one last denoiser call at sigmas[-1], whose prediction is returned.
         cond: passed on to the denoiser as keyword arguments.
         callback: called after each step with a `StepInfo`.

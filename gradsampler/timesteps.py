@@ -3,7 +3,7 @@
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Timesteps:
     def first(self) -> Coefficient:
         """The number of the first level."""
         return self._values[0]
+
+    def described(self) -> Hashable | None:
+        """The numbers by value; None where they carry a gradient."""
+        return None if isinstance(self._values[0], Tensor) else tuple(self._values)
 
     def on(self, formula: Sequence[Coefficient]) -> "Timesteps":
         """The table for a run, given the formula's numbers at its N+1 levels."""

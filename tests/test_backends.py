@@ -6,6 +6,10 @@ import torch
 
 import gradsampler as gs
 from gradsampler.ops import backends
+from support.noises import SOURCES
+from support.runs import SOLVERS
+from support.strategies import STRATEGIES
+from support.tiers import few, pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(
@@ -46,7 +50,7 @@ def assert_same(got, expected):
 
 
 @needs_triton
-@pytest.mark.parametrize("solver", gs.solvers.names())
+@pytest.mark.parametrize("solver", few(SOLVERS, "euler", "heun", "dpmpp_2m_sde"))
 def test_every_solver_runs_on_the_kernels(solver):
     noise = gs.noise.SinCos()
     expected = run("reference", solver, noise, "store")
@@ -54,26 +58,18 @@ def test_every_solver_runs_on_the_kernels(solver):
 
 
 @needs_triton
-@pytest.mark.parametrize("memory", sorted(set(gs.memory.names()) - {"reversible"}))
-@pytest.mark.parametrize(
-    "noise",
-    [gs.noise.SignedRoll(1), gs.noise.Philox(2), gs.noise.Mixture(gs.noise.SinCos(), 0.5)],
-    ids=["signed_roll", "philox", "mixture"],
-)
-def test_every_noise_runs_on_the_kernels(noise, memory):
+@pairs(kind=SOURCES, memory=STRATEGIES)
+def test_every_noise_runs_on_the_kernels(kind, memory, tmp_path):
+    noise = SOURCES[kind]
     expected = run("reference", "euler_ancestral", noise, "store")
-    assert_same(run("triton", "euler_ancestral", noise, memory), expected)
+    assert_same(run("triton", "euler_ancestral", noise, STRATEGIES[memory](tmp_path)), expected)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton", "cuda"])
-@pytest.mark.parametrize(
-    "noise",
-    [gs.noise.SignedRoll(1), gs.noise.Philox(2), gs.noise.Mixture(gs.noise.SinCos(), 0.5)],
-    ids=["signed_roll", "philox", "mixture"],
-)
-def test_steps_are_undone_on_every_backend(noise, name):
+@pairs(kind=SOURCES, name=["reference", "cpu", "triton", "cuda"])
+def test_steps_are_undone_on_every_backend(kind, name):
     if not backends.present(name) or name == {"cpu": "cuda", "cuda": "cpu"}[DEVICE.type]:
         pytest.skip(f"no {name} for {DEVICE}")
+    noise = SOURCES[kind]
     expected = run("reference", "midpoint_reversible", noise, "store")
     # An amplitude that takes long integers, whose rounding is below the tolerance.
     memory = gs.memory.Reversible(amplitude=2.0**12)

@@ -26,6 +26,7 @@ def run(*command, **environment):
     )
 
 
+@pytest.mark.thorough
 def test_gpu_benchmark_rehearses_every_part():
     pytest.importorskip("triton")
     done = run("benchmarks/gpu.py", "--rehearse")
@@ -36,6 +37,7 @@ def test_gpu_benchmark_rehearses_every_part():
     assert done.stdout.splitlines()[-1].startswith("rehearsed")
 
 
+@pytest.mark.thorough
 def test_memory_benchmark_rehearses_every_part():
     done = run("benchmarks/memory.py", "--rehearse")
     assert done.returncode == 0, done.stderr
@@ -43,6 +45,7 @@ def test_memory_benchmark_rehearses_every_part():
         assert part in done.stdout
 
 
+@pytest.mark.thorough
 def test_main_job_benchmark_rehearses():
     done = run("benchmarks/main_job.py", "--rehearse")
     assert done.returncode == 0, done.stderr
@@ -50,6 +53,7 @@ def test_main_job_benchmark_rehearses():
         assert part in done.stdout
 
 
+@pytest.mark.thorough
 def test_reversible_benchmark_rehearses():
     done = run("benchmarks/reversible.py", "--rehearse", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr

@@ -82,9 +82,10 @@ FULL = contract.Draw(1, 2, 2**63 + 3, 4, 2**64 - 5, 6.0, 7.0, 8.0, 9.0, 10.0, 11
 
 
 def test_a_draw_travels_as_two_lists_in_the_order_of_the_contract():
-    words = dict(zip(contract.WORDS, FULL.words, strict=True))
+    words, numbers = FULL.lists
+    words = dict(zip(contract.WORDS, words, strict=True))
     assert words == {"kind": 1, "step": 2, "seed": 3 - 2**63, "offset": 4, "normal_seed": -5}
-    numbers = dict(zip(contract.NUMBERS, FULL.numbers, strict=True))
+    numbers = dict(zip(contract.NUMBERS, numbers, strict=True))
     names = ("weight", "gain", "rate", "amplitude", "phase", "normal")
     assert numbers == dict(zip(names, (6.0, 7.0, 8.0, 9.0, 10.0, 11.0), strict=True))
     assert {*contract.WORDS, *contract.NUMBERS, "given"} == set(contract.Draw._fields)
@@ -93,6 +94,6 @@ def test_a_draw_travels_as_two_lists_in_the_order_of_the_contract():
 def test_a_draw_comes_back_from_its_lists():
     given = torch.zeros(2)
     draw = FULL._replace(given=given)
-    back = contract.Draw.of(draw.words, draw.numbers, given)
+    back = contract.Draw.of(*draw.lists, given)
     assert back[:-1] == FULL[:-1]
     assert back.given is given

@@ -11,16 +11,12 @@ from scipy import stats
 import gradsampler as gs
 from gradsampler.noise import philox, sources
 from gradsampler.ops import backends
+from support.noises import SOURCES
 from support.problems import normal
 
 LEVELS = (3.0, 1.7, 0.8, 0.3)
 N = len(LEVELS) - 1
-NOISES = {
-    "sincos": gs.noise.SinCos(phase_rate=0.3, sin_amp=0.4, cos_amp=0.2),
-    "signed_roll": gs.noise.SignedRoll(5),
-    "philox": gs.noise.Philox(2**40 + 7),
-    "mixture": gs.noise.Mixture(gs.noise.SignedRoll(1), 0.6, 2),
-}
+NOISES = {name: source for name, source in SOURCES.items() if name != "off"}
 BACKENDS = [
     pytest.param(
         name,

@@ -376,23 +376,54 @@ def test_importing_prints_nothing_and_loads_nothing_heavy():
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
 
 
-def test_the_kernels_load_under_their_own_name():
+def test_the_kernels_lie_at_the_top():
     pytest.importorskip("triton")
-    module = importlib.import_module("gradsampler.kernels")
-    assert Path(module.__file__).samefile(ROOT / "kernels" / "__init__.py")
+    module = importlib.import_module("gradsampler.kernels.launch")
+    assert Path(module.__file__).samefile(ROOT / "kernels" / "launch.py")
 
 
-@pytest.mark.parametrize("name", ["kernels", "other.kernels"])
-def test_the_kernels_refuse_another_name(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels" / "__init__.py")
-    with pytest.raises(ImportError, match=rf"gradsampler\.kernels, got {name}; .*-P"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+LOOK = (
+    "import importlib.util; spec = importlib.util.find_spec('kernels')\n"
+    "import kernels; print(spec.origin, getattr(kernels, '__file__', None))"
+)
 
 
-def test_the_kernels_refuse_to_be_imported_from_the_repository():
-    child = python("import sys; sys.path.insert(0, ''); import kernels", cwd=ROOT)
-    assert child.returncode == 1
-    assert "ImportError: this folder must be imported as gradsampler.kernels" in child.stderr
+def test_the_folder_of_the_kernels_is_no_package():
+    """Who looks for a package ``kernels`` from the repository's root finds a folder."""
+    child = python("import sys; sys.path.insert(0, '')\n" + LOOK, cwd=ROOT)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "None None\n", "")
+
+
+def test_the_folder_of_the_kernels_hides_no_package(tmp_path):
+    real = tmp_path / "kernels" / "__init__.py"
+    real.parent.mkdir()
+    real.touch()
+    child = python(
+        f"import sys; sys.path[:] = ['', {str(tmp_path)!r}, *sys.path]\n{LOOK}", cwd=ROOT
+    )
+    assert (child.returncode, child.stdout, child.stderr) == (0, f"{real} {real}\n", "")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("safe", [True, False], ids=["-P", "plain"])
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "bare"])
+def test_transformers_looks_for_a_package_of_that_name(installed, safe):
+    """Without the site's .pth files there is no editable install of ours."""
+    options = ["-P"] * safe + ["-S"] * (not installed)
+    found = [path for path in sys.path if path.endswith("site-packages")]
+    code = (
+        f"import sys; sys.path += {found if not installed else []}\n"
+        "from transformers import CLIPTextModel\n"
+        "from transformers.utils import is_kernels_available\n"
+        "import importlib.metadata as metadata\n"
+        "assert is_kernels_available() <= ('kernels' in metadata.packages_distributions())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    command = [sys.executable, *options, "-c", code]
+    child = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (child.returncode, child.stderr) == (0, "")
 
 
 # ------------------------------------------------------------------ the package

@@ -96,6 +96,7 @@ def widths_hold(row: dict) -> None:
         assert row["store_width"] == 16, row
 
 
+@pytest.mark.thorough
 def test_every_kernel_has_its_rows(hopper):
     assert {row["kernel"] for row in hopper} == {
         "step_fwd",
@@ -115,6 +116,7 @@ def test_every_kernel_has_its_rows(hopper):
     assert all(row["registers"] > 0 for row in hopper)
 
 
+@pytest.mark.thorough
 def test_no_stack_no_spills_and_wide_accesses(hopper):
     for row in hopper:
         assert (row["stack"], row["spills"]) == (0, 0), row
@@ -122,6 +124,7 @@ def test_no_stack_no_spills_and_wide_accesses(hopper):
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), LIMITS)
+@pytest.mark.thorough
 def test_sincos_stays_within_its_instructions(hopper, kernel, dtype):
     (row,) = (
         r for r in hopper if (r["kernel"], r["dtype"], r["noise"]) == (kernel, dtype, "sincos")
@@ -129,6 +132,7 @@ def test_sincos_stays_within_its_instructions(hopper, kernel, dtype):
     assert row["instructions_per_element"] <= LIMITS[kernel, dtype]
 
 
+@pytest.mark.thorough
 def test_kernels_are_bound_by_memory(hopper):
     for row in hopper:
         if (row["kernel"], row["noise"], row["dtype"]) not in BOUND_BY_ISSUE:
@@ -136,6 +140,7 @@ def test_kernels_are_bound_by_memory(hopper):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.thorough
 def test_other_architectures(arch):
     kernels = ["step_fwd", "step_bwd", "adjoint_step", "leap int64"]
     kernels += ["step_fwd 12 terms", "step_bwd 12 terms", "adjoint_step 12 terms"]

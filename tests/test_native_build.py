@@ -31,6 +31,7 @@ def build(tmp_path, *options, **variables):
     return done, tmp_path / "lib" / "gradsampler" / "_native_reason.txt"
 
 
+@pytest.mark.thorough
 def test_a_compile_error_leaves_pure_python_one_warning_and_the_reason(tmp_path):
     done, reason = build(tmp_path, CXX="false", CC="false")
     assert done.returncode == 0, done.stderr
@@ -44,6 +45,7 @@ def test_a_required_extension_is_an_error(tmp_path):
     assert not reason.exists()
 
 
+@pytest.mark.thorough
 def test_no_compiler_at_all(tmp_path):
     done, reason = build(tmp_path, CXX="no-such-compiler", PATH="/nonexistent")
     assert done.returncode == 0, done.stderr
@@ -56,6 +58,7 @@ def test_building_nothing_on_request(tmp_path):
     assert reason.read_text() == "GRADSAMPLER_NO_EXT=1 was set at install\n"
 
 
+@pytest.mark.thorough
 def test_an_isolated_build_finds_the_torch_of_the_active_environment(tmp_path):
     setuptools = pytest.importorskip("setuptools")
     # Like the interpreter that `python -m build` makes: setuptools, and no site-packages.

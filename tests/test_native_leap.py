@@ -55,7 +55,7 @@ class TestExtension(Leaps):
                 self.test_halves_go_to_the_even_number(leap, "cpu", dtype, integer)
                 self.test_what_leaves_the_range_is_flagged_and_undone(leap, "cpu", dtype, integer)
 
-    @pytest.mark.parametrize("kind", ["sincos", "philox+signed_roll"])
+    @pytest.mark.parametrize("kind", ["sincos", "mixture"])
     def test_threads_and_stores_around_the_cache_change_nothing(self, leap, kind):
         case = Case("cpu", (3, 50_021), kind, I64, "f32 bf16")
         torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from gradsampler import contract, noise
 from gradsampler.contract import MAX_TERMS
 from gradsampler.ops import native, reference
 from support.native_devices import DEVICES, default
+from support.noises import DRAWN
 
 pytestmark = pytest.mark.skipif(
     native.available() is not None, reason=f"extension: {native.available()}"
@@ -18,15 +19,7 @@ pytestmark = pytest.mark.skipif(
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # One rounding of the stored result, plus float32 arithmetic of values of a few units.
 TOLERANCE = {F64: 1e-12, F32: 3e-6, BF16: 2**-8, F16: 2**-10}
-NOISES = {
-    "off": noise.Off(),
-    "sincos": noise.SinCos(),
-    "roll": noise.SignedRoll(2**63 + 5),
-    "philox": noise.Philox(7),
-    "mixture_roll": noise.Mixture(noise.SignedRoll(3), 0.7, 2**64 - 1),
-    "mixture_sincos": noise.Mixture(noise.SinCos(), 0.4, 11),
-    "given": None,
-}
+NOISES = DRAWN | {"given": None}
 MIXTURES = {
     "f64": (F64, F64, F64, F64),
     "f32": (F32, F32, F32, F32),
@@ -119,7 +112,7 @@ def test_any_number_of_terms_coefficients_by_float_call_and_sample(count, dtype)
 
 @pytest.mark.parametrize("shape", [(3, 37, 61), (2, 3, 2, 131, 5)], ids=str)
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "rows"])
-@pytest.mark.parametrize("name", ["sincos", "roll", "mixture_roll", "given"])
+@pytest.mark.parametrize("name", ["sincos", "signed_roll", "mixture", "given"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_step_strides(name, dtype, layout, shape):
     x, d, z0 = make(shape, dtype, layout), make(shape, F32), make(shape, dtype, layout)
@@ -261,7 +254,7 @@ def test_backward_computes_only_what_is_needed():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
-@pytest.mark.parametrize("name", ["sincos", "roll"])
+@pytest.mark.parametrize("name", ["sincos", "signed_roll"])
 def test_backward_reads_any_gradient_layout(name, layout):
     shape = (3, 37, 61)
     x, z0, g = make(shape, F32), make(shape, F32), make(shape, F32, layout)
@@ -274,7 +267,7 @@ def test_backward_reads_any_gradient_layout(name, layout):
     near(dz0, 0.7 * NOISES[name].transpose(g.double(), z0.double(), 17, 50).z0)
 
 
-@pytest.mark.parametrize("name", ["off", "sincos", "roll", "mixture_roll", "philox"])
+@pytest.mark.parametrize("name", ["off", "sincos", "signed_roll", "mixture", "philox"])
 @pytest.mark.parametrize("count", [0, 1, 2, MAX_TERMS - 1])
 @pytest.mark.parametrize(("lam_dtype", "g_dtype"), [(F32, BF16), (F64, F64), (F32, F32)])
 def test_adjoint_step(name, count, lam_dtype, g_dtype):
@@ -335,7 +328,7 @@ def test_counts_of_terms_that_the_loops_do_not_know(count):
 
 def test_an_amount_of_noise_for_each_sample():
     x, z0, g = (make((3, 9), F64) for _ in range(3))
-    draw, amount = draw_of("mixture_roll", z0), torch.tensor([0.5, 0.0, -2.0])
+    draw, amount = draw_of("mixture", z0), torch.tensor([0.5, 0.0, -2.0])
     got = native.step_fwd([x], [2.0], z0, draw, amount)
     near(got, reference.step_fwd([x], [2.0], z0, draw, amount), F64)
     grads = native.step_bwd(

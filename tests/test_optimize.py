@@ -22,6 +22,7 @@ from torch import nn
 
 import gradsampler as gs
 from support.problems import Gaussian, Mixture, normal
+from support.tiers import few
 
 LEVELS = gs.schedules.karras(5, sigma_min=0.1, sigma_max=6.0)
 SHAPE = (3, 2, 4)
@@ -282,6 +283,7 @@ def test_follows_the_closed_form_of_gradient_descent_on_a_linear_gaussian_proble
     assert torch.allclose(found.z0.flatten(), z, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_reaches_the_closed_form_optimum_with_adam():
     """Without noise the map is x = a z + b for each element by itself."""
     problem, goal, weight = Gaussian(-0.2, 0.6), normal(1, 2, 3, seed=8), 0.1
@@ -566,7 +568,7 @@ def run_until_killed(where, path):
     recoverable(curved(), target_loss, path)
 
 
-@pytest.mark.parametrize("where", ["loss", "replace"])
+@pytest.mark.parametrize("where", few(["loss", "replace"], "replace"))
 def test_goes_on_after_kill_minus_nine(tmp_path, where):
     path = tmp_path / "run.ckpt"
     child = subprocess.run(

@@ -22,6 +22,7 @@ from gradsampler.memory.planning.rehearsal import Rehearsal
 from support.alive import Watched, no_collector
 from support.problems import normal
 from support.runs import leaf
+from support.tiers import few
 
 SHAPE = (1, 4, 256, 256)  # 1 MiB in float32: all that is not a state is nothing beside it
 STATE = 2**20
@@ -73,7 +74,13 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
 
 
 @pytest.mark.parametrize(
-    ("case", "frozen"), [*((case, True) for case in CASES), ("euler", False), ("heun", False)]
+    ("case", "frozen"),
+    few(
+        [*((case, True) for case in CASES), ("euler", False), ("heun", False)],
+        ("dpmpp_2m", True),
+        ("euler", False),
+        ("leapfrog", True),
+    ),
 )
 def test_peaks_of_eight_steps(case, frozen):
     network = Convolutions().requires_grad_(not frozen)
@@ -82,6 +89,7 @@ def test_peaks_of_eight_steps(case, frozen):
     hold(plan, [1, 3], denoiser, z0, sigmas, list(network.parameters()), **CASES[case])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ["euler", "res_2ab", "leapfrog"])
 def test_peaks_of_many_steps(case):
     network = Convolutions(width=2).requires_grad_(False)
@@ -90,6 +98,7 @@ def test_peaks_of_many_steps(case):
     hold(plan, [5], denoiser, z0, sigmas, **CASES[case])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_peaks_under_guidance(frozen):
     network, shift = Convolutions().requires_grad_(not frozen), torch.zeros(8, 1, 1)
@@ -101,6 +110,7 @@ def test_peaks_under_guidance(frozen):
     hold(plan, [2], denoiser, z0, sigmas, [shift, *network.parameters()], **options)
 
 
+@pytest.mark.thorough
 def test_peaks_where_the_levels_are_learned():
     network, sigmas = Convolutions().requires_grad_(False), levels(8).requires_grad_()
     z0, denoiser = torch.zeros(SHAPE, requires_grad=True), gs.EDM(network)
@@ -109,6 +119,7 @@ def test_peaks_where_the_levels_are_learned():
     hold(plan, [2], denoiser, z0, sigmas, [sigmas], **options)
 
 
+@pytest.mark.thorough
 def test_peaks_of_a_network_of_16_bits():
     network = Convolutions(dtype=torch.bfloat16).requires_grad_(False)
     z0 = torch.zeros(SHAPE, dtype=torch.bfloat16, requires_grad=True)  # the state is of 32
@@ -117,6 +128,7 @@ def test_peaks_of_a_network_of_16_bits():
     hold(plan, [2], gs.EDM(network), z0, levels(8))
 
 
+@pytest.mark.thorough
 def test_peaks_with_large_parameters():
     # 4 MiB of them: their gradients are summed up over the calls.
     network = Convolutions(width=8)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import gradsampler as gs
-from gradsampler import elementary, schedules, solvers
+from gradsampler import arguments, elementary, schedules, solvers
 from gradsampler.engine.program import Stage
 from gradsampler.parameterization import Prediction
+from gradsampler.solvers.programs import Programs
 
 LEVELS = schedules.karras(7, final="zero")
 TIMES = schedules.flow(7, shift=3.0)
@@ -93,3 +94,70 @@ def test_outside_of_the_c_library_torch_decides(name, x):
     found = getattr(elementary, name)(torch.tensor(x, dtype=torch.float64))
     expected = getattr(torch, name)(torch.tensor(x, dtype=torch.float64))
     assert torch.equal(found, expected) or bool(found.isnan() & expected.isnan())
+
+
+# ------------------------------------------------------------------ programs are kept
+
+
+def recorded(sigmas=LEVELS, denoiser=MODELS["EDM"], **options):
+    return arguments.record(denoiser, sigmas, **options)[0]
+
+
+def test_equal_arguments_are_recorded_once():
+    first = recorded(solver="heun", churn=gs.Churn(10.0))
+    again = recorded(
+        LEVELS.clone(),
+        gs.EDM(lambda x, s: x, sigma_data=0.3),
+        solver=solvers.resolve("heun", None, 1.0),
+        churn=gs.Churn(10.0),
+    )
+    assert again is first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sigmas": LEVELS * 1.5},
+        {"denoiser": gs.EDM(lambda x, s: x, sigma_data=0.4)},
+        {"solver": "midpoint"},
+        {"churn": gs.Churn(2.0)},
+        {"final_denoise": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_argument_counts(change):
+    usual = {"solver": "heun", "churn": gs.Churn(1.0)}
+    first, other = recorded(**usual), recorded(**usual | change)
+    assert stated(other) != stated(first)
+
+
+def test_a_gradient_to_the_levels_is_not_shared():
+    one, two = (recorded(LEVELS.clone().requires_grad_()) for _ in range(2))
+    assert one is not two
+
+
+def test_a_parameterization_of_the_users_is_recorded_anew():
+    class Scaled(gs.EDM):
+        factor = 1.0
+
+        def preconditioning(self, sigma):
+            maps = super().preconditioning(sigma)
+            return maps._replace(c_skip=self.factor * maps.c_skip)
+
+    model = Scaled(lambda x, s: x, sigma_data=0.3)
+    first = stated(recorded(denoiser=model))
+    Scaled.factor = 2.0
+    assert stated(recorded(denoiser=model)) != first
+
+
+def test_few_programs_are_kept():
+    programs = Programs(count=3)
+    made = []
+
+    def record(k):
+        made.append(k)
+        return k
+
+    for k in (0, 1, 2, 0, 3, 0, 1):
+        assert programs.get(k, lambda k=k: record(k)) == k
+    assert made == [0, 1, 2, 3, 1]  # 0 was used last when 3 came, so 1 had to go

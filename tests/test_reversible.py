@@ -7,7 +7,7 @@ each of them on the way forward. The solver's own loop is in test_solvers.py.
 """
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -103,6 +103,7 @@ def test_error_at_equal_evaluations(calls):
     assert ours < 1.5 * multistep
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("calls", [32, 128])
 def test_error_on_digits(calls):
     network = models.load_network().double()
@@ -340,6 +341,7 @@ def test_narrow_states_and_networks():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
+@pytest.mark.thorough
 def test_any_schedule_churn_and_noise(data):
     steps = data.draw(st.integers(1, 9))
     drops = data.draw(st.lists(st.floats(0.05, 1.5), min_size=steps, max_size=steps))
@@ -388,10 +390,7 @@ class Diary:
 
 @pytest.mark.parametrize(
     ("steps", "kind"),
-    [
-        *((steps, kind) for steps in (35, 100) for kind in ("off", "sincos", "signed_roll")),
-        *((steps, "philox") for steps in (35, 100, 1000)),
-    ],
+    [*product((35, 100), KINDS), pytest.param(1000, "philox", marks=pytest.mark.thorough)],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_every_integer_comes_back(dtype, steps, kind, monkeypatch):
@@ -410,6 +409,7 @@ def test_every_integer_comes_back(dtype, steps, kind, monkeypatch):
     assert all(not diary.before[j].any() for j in (0, 1))
 
 
+@pytest.mark.thorough
 def test_gradient_of_a_thousand_steps():
     """float32, where the inverse in floating point would be off by percents (MATH, part 7)."""
     z0, problem = leaf(normal(2, 6, dtype=torch.float32)), Mixture(6)

@@ -14,7 +14,8 @@ import gradsampler as gs
 from support.networks import Net
 from support.problems import normal
 from support.runs import LEVELS, SOLVERS, injecting, leaf, levels
-from support.strategies import memories
+from support.strategies import MEMORIES, memories
+from support.tiers import few
 
 SIGMAS = levels(LEVELS)
 STEPS = len(LEVELS) - 1
@@ -474,7 +475,7 @@ def test_global_random_state_is_left_alone(memory):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@memories
+@pytest.mark.parametrize("memory", few(MEMORIES, "checkpoint"))
 def test_thousand_steps(memory):
     z0, net = leaf(normal(2, 3, dtype=torch.float32)), Net(dtype=torch.float32)
     sigmas = leaf(gs.schedules.karras(1000, final="zero"))

@@ -24,7 +24,9 @@ import support.loops
 from gradsampler import noise as noises
 from gradsampler import solvers
 from gradsampler.solvers.exponential import phi1, phi2
+from support.noises import SOURCES
 from support.problems import Gaussian, Mixture, normal
+from support.tiers import pairs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -691,8 +693,7 @@ def fitted_order(solve, levels, expected, counts):
     return -np.polyfit(np.log2(counts), np.log2(errors), 1)[0]
 
 
-@pytest.mark.parametrize("problem", ["gaussian", "mixture"])
-@pytest.mark.parametrize("name", ORDERS)
+@pairs(name=ORDERS, problem=["gaussian", "mixture"])
 def test_order_of_convergence(name, problem):
     denoise, expected = ve_problem(problem)
     solver = Case(name.partition("-")[0], STOCHASTIC.get(name, {})).solve()
@@ -705,8 +706,7 @@ def test_order_of_convergence(name, problem):
     assert order == pytest.approx(ORDERS[name][problem == "mixture"], abs=0.2)
 
 
-@pytest.mark.parametrize("problem", ["gaussian", "mixture"])
-@pytest.mark.parametrize("name", ["euler", "heun", "midpoint"])
+@pairs(name=["euler", "heun", "midpoint"], problem=["gaussian", "mixture"])
 def test_order_of_convergence_in_flow_time(name, problem):
     velocity, expected = flow_problem(problem)
     order = fitted_order(
@@ -771,10 +771,9 @@ def central_differences(loss, levels):
     return torch.tensor(slopes, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("end", ["to-sigma_min", "to-zero"])
-@every_case
-def test_gradient_to_the_levels_is_the_loops_difference_quotient(case, end):
-    levels = LEVELS[end]
+@pairs(name=CASES, end=["to-sigma_min", "to-zero"])
+def test_gradient_to_the_levels_is_the_loops_difference_quotient(name, end):
+    case, levels = CASES[name], LEVELS[end]
     # The ends of a window count as levels would cross them: move them off the levels.
     if case.churn and case.churn[2] == 4.0:
         case = case._replace(churn=(1.1, 0.8, 5.0, 1.003))
@@ -831,11 +830,13 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("end", ["to-sigma_min", "to-zero"])
-@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "euler_ancestral"])
-@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+@pairs(
+    wrapped=WRAPPED,
+    solver=["heun", "dpmpp_2m", "euler_ancestral"],
+    end=["to-sigma_min", "to-zero"],
+)
 def test_gradient_to_the_levels_through_every_wrapper(wrapped, solver, end):
-    denoiser, prediction = wrapped
+    denoiser, prediction = WRAPPED[wrapped]
     levels = LEVELS[end]
     count = sum(t > 0 for t in levels[1:]) if solver == "euler_ancestral" else 0
 
@@ -917,20 +918,12 @@ def test_gradient_passes_by_a_call_that_detaches(name, prediction, memory):
     assert error(got, expected) <= 1e-10
 
 
-SOURCES = {
-    "sincos": noises.SinCos(),
-    "signed-roll": noises.SignedRoll(seed=3),
-    "philox": noises.Philox(seed=3),
-    "mixture": noises.Mixture(noises.SignedRoll(seed=4), 0.7, seed=3),
-}
-
-
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "heun-churn"])
-def test_gradient_of_a_run_with_drawn_noise_is_the_loops(name, source, memory):
+def test_gradient_of_a_run_with_drawn_noise_is_the_loops(name, kind, memory):
     """Also where the backward pass draws the noise again instead of having kept it."""
-    case = CASES[name]
+    case, source = CASES[name], SOURCES[kind]
     levels = LEVELS["to-zero"]
     z0 = Z0.clone().requires_grad_()
     churn = None if case.churn is None else gs.Churn(*case.churn)

@@ -748,6 +748,7 @@ gs.sample(denoiser, z0, gs.schedules.karras(5), memory=gs.memory.Offload(sys.arg
 """
 
 
+@pytest.mark.thorough
 def test_files_of_a_killed_run_are_never_read(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert killed.returncode == -9

@@ -9,6 +9,7 @@ import torch
 import gradsampler as gs
 from gradsampler.contract import Draw
 from gradsampler.ops import backends, library
+from support.tiers import few, pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [name for name in ("reference", "triton", DEVICE) if backends.present(name)]
@@ -47,11 +48,13 @@ def step_arguments(kind, backend, learned):
     return (terms, numbers, coefs, *rest)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("learned", [False, True], ids=["floats", "tensors"])
-@pytest.mark.parametrize("kind", ["none", "sincos", "signed_roll", "philox", "mixture", "given"])
+@pairs(
+    kind=["none", "sincos", "signed_roll", "philox", "mixture", "given"],
+    learned=["floats", "tensors"],
+    backend=BACKENDS,
+)
 def test_opcheck_step(kind, learned, backend):
-    torch.library.opcheck(library.step, step_arguments(kind, backend, learned))
+    torch.library.opcheck(library.step, step_arguments(kind, backend, learned == "tensors"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -63,8 +66,7 @@ def test_opcheck_step_backward(backend):
     torch.library.opcheck(library.step_backward, arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("clamp", [[], [-0.5, 0.5]], ids=["free", "clamped"])
+@pairs(clamp=[[], [-0.5, 0.5]], backend=BACKENDS)
 def test_opcheck_ancestral_step(clamp, backend):
     coefs = normal(2, 6, seed=5)
     nonzero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=DEVICE)
@@ -88,8 +90,7 @@ def test_opcheck_flow_pair(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 1, 1), (4,)], ids=str)
+@pairs(shape=[(2, 3, 4), (2, 1, 1), (4,)], backend=BACKENDS)
 def test_opcheck_reparameterize(shape, backend):
     nonzero = torch.tensor([0.5, 0.0], dtype=torch.float64, device=DEVICE).requires_grad_()
     inputs = (leaf(2, 3, 4), leaf(*shape, seed=1), leaf(2, 3, 4, seed=2), nonzero)
@@ -108,7 +109,11 @@ def test_every_op_of_the_namespace_is_checked_above():
     assert defined == checked | {f"{name}_backward" for name in checked}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+COMPILED = [name for name in BACKENDS if name != "triton"]
+slowly = few(BACKENDS, *COMPILED)  # a gradcheck in Triton's interpreter takes seconds
+
+
+@pytest.mark.parametrize("backend", slowly)
 @pytest.mark.parametrize("kind", ["sincos", "signed_roll", "mixture", "given"])
 def test_gradients_and_their_gradients(kind, backend):
     z0 = leaf(2, 4, seed=9)
@@ -140,7 +145,7 @@ def test_second_derivative_by_hand(backend):
     torch.testing.assert_close(second, 6 * 0.125 * x)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", slowly)
 def test_ancestral_gradients_and_their_gradients(backend):
     coefs = [1.1, 0.4, 0.6, 0.3, -0.5, -1.5]
     inputs = (leaf(2, 2, 3), leaf(2, 4, 3, seed=1), leaf(2, 2, 3, seed=2))
@@ -165,7 +170,7 @@ def test_reparameterize_gradients_and_their_gradients(shape, backend):
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", slowly)
 def test_flow_pair_gradients_and_their_gradients(backend):
     inputs = (leaf(2, 4), leaf(2, seed=1), leaf(2, 4, seed=2))
 

@@ -19,8 +19,6 @@ from gradsampler.engine.program import (
     Slot,
     Stage,
     Terms,
-    fused,
-    transpose,
 )
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 
@@ -204,14 +202,14 @@ class Adjoint:
 
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
         program = self._trajectory.program
-        transposed = fused(transpose(program))
+        transposed = program.transposed
         readers = program.readers()
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
         )
         given = {Z0: self._z0, **self._trajectory.constants}
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
-        for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
+        for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
             if isinstance(instruction, Stage):
                 terms = tuple(term for term in instruction.terms if term[0] in cot)
                 if instruction.writes in given:

@@ -184,6 +184,11 @@ class Program:
         return readers
 
     @cached_property
+    def transposed(self) -> "Program":
+        """The program of the gradient; what lies between two model calls is one instruction."""
+        return fused(transpose(self))
+
+    @cached_property
     def dead(self) -> list[set[Slot]]:
         """`last_reads`, computed once."""
         return self.last_reads()

@@ -12,7 +12,7 @@ from gradsampler.engine import replay
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
 from gradsampler.memory.base import Memory
-from gradsampler.ops.library import differentiable
+from gradsampler.ops.recorded import differentiable
 
 
 @dataclass(frozen=True)

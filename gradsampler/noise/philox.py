@@ -10,6 +10,7 @@ The last word of the counter names the use, as `gradsampler.contract` has it. Th
 """
 
 import math
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -116,6 +117,7 @@ def signs(batch: int, size: int, step: int, seed: int, device: torch.device) -> 
     return (1 - 2 * bits.reshape(batch, -1)[:, :size]).to(torch.int8)
 
 
+@lru_cache(maxsize=2**14)
 def offset(size: int, step: int, seed: int) -> int:
     """A random roll offset in 1 .. size-1 for one step, the same for every sample."""
     if size < 2:

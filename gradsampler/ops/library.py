@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops in torch.library: schema, implementation, fake and autograd of each.
 
-An injection travels as the ``words`` and ``numbers`` of a `Draw`, both empty where nothing is
+An injection travels as words and numbers, the two lists of a `Draw`, both empty where nothing is
 injected. Coefficients are floats (``factors``), or a tensor that may require grad. A backward that
 is itself differentiated falls back to plain torch.
 """
@@ -37,7 +37,7 @@ def _backend(name: str, x: Tensor) -> backends.Backend:
 
 def lowered(draw: Draw | None) -> tuple[list[int], list[float], Tensor | None]:
     """An injection as arguments of an op: words, numbers and the given tensor."""
-    return ([], [], None) if draw is None else (draw.words, draw.numbers, draw.given)
+    return ([], [], None) if draw is None else (*draw.lists, draw.given)
 
 
 def _raised(words: Sequence[int], numbers: Sequence[float], given: Tensor | None) -> Draw | None:

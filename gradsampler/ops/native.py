@@ -377,7 +377,8 @@ def _injected(
     amount = noise_coef if isinstance(noise_coef, Tensor) else None
     number = 0.0 if isinstance(noise_coef, Tensor) else noise_coef
     source = draw.given if draw.kind == GIVEN else None if draw.kind == OFF else z0
-    return source, number, amount, draw.words, draw.numbers
+    words, numbers = draw.lists
+    return source, number, amount, words, numbers
 
 
 def _parts(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor | None]:

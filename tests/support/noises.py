@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered noise sources with parameters, and how many noises a run injects."""
 
-import pytest
 import torch
 
 import gradsampler as gs
 
-KINDS = tuple(gs.noise.typical(torch.zeros(1, 2), 1))
-kinds = pytest.mark.parametrize("kind", KINDS)
+Z0 = torch.zeros(1, 2)
+KINDS = tuple(gs.noise.typical(Z0, 1))
+
+# The sources that are functions of z0 and numbers alone; a mixture as well that is not registered.
+SOURCES = {name: x for name, x in gs.noise.typical(Z0, 1).items() if not x.tensors} | {
+    "philox+sincos": gs.noise.Mixture(gs.noise.SinCos(), 0.4, 11)
+}
+# Those that kernels draw. The others are evaluated before, and handed over as a tensor.
+DRAWN = {name: x for name, x in SOURCES.items() if x.draw(Z0, 0, 1) is not None}
 
 
 class Counting(gs.noise.Off):

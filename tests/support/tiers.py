@@ -9,7 +9,13 @@ import pytest
 def few(values, *kept):
     """The values of a costly parameter: all but ``kept`` are thorough."""
     assert set(kept) <= set(values)
-    return [v if v in kept else pytest.param(v, marks=pytest.mark.thorough) for v in values]
+    return [
+        v if v in kept else pytest.param(*several(v), marks=pytest.mark.thorough) for v in values
+    ]
+
+
+def several(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
 def pairs(costly=True, **axes):
