@@ -6,6 +6,7 @@ from gradsampler._version import __version__
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
+from gradsampler.gradient_flow import check
 from gradsampler.guidance import Guided
 from gradsampler.iteration import iterate
 from gradsampler.ops import backends
@@ -29,6 +30,7 @@ __all__ = [
     "StepInfo",
     "__version__",
     "backends",
+    "check",
     "integrate",
     "iterate",
     "memory",

@@ -70,8 +70,8 @@ def trajectory(
     source = _noise(noise, program, z0)
     if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
         _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
-    if state_dtype is not None and not state_dtype.is_floating_point:
-        _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
+    if state_dtype is not None and state_dtype not in _checks.FLOATING:
+        _checks.fail("state_dtype", "be a floating-point dtype of 16 bits or more", state_dtype)
     state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
     return Trajectory(
         program,
@@ -138,6 +138,6 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
         warnings.warn(
             f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
             "window that covers levels of the run, or take a stochastic solver with eta > 0",
-            stacklevel=5,
+            stacklevel=7,
         )
     return noise.prepare(z0, injected)

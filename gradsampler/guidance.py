@@ -22,6 +22,8 @@ from gradsampler.parameterization import (
 
 __all__ = ["Guided"]
 
+Scale = Coefficient | Sequence[float]
+
 
 class Guided(Parameterization):
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6), linear as well.
@@ -40,7 +42,7 @@ class Guided(Parameterization):
     def __init__(
         self,
         denoiser: Parameterization | Network,
-        scale: Coefficient | Sequence[float],
+        scale: Scale,
         unconditional: Mapping[str, Any],
         *,
         modules: Sequence[nn.Module] = (),
@@ -57,27 +59,24 @@ class Guided(Parameterization):
     def coordinates(self) -> Coordinates:
         return self.inner.coordinates
 
-    def on(self, levels: Sequence[Coefficient]) -> "Guided":
-        steps = len(levels) - 1
-        if isinstance(self.scale, tuple) and len(self.scale) != steps:
+    def on(self, sigmas: Tensor) -> "Guided":
+        steps = len(sigmas) - 1
+        if isinstance(self.scale, Tensor) and self.scale.ndim == 1 and len(self.scale) != steps:
             _checks.fail("Guided: scale", f"hold one number a step, {steps}", len(self.scale))
-        return self._with(inner=self.inner.on(levels))
+        return self._with(inner=self.inner.on(sigmas))
 
     def at(self, step: int) -> "Guided":
         scale = self.scale
-        if isinstance(scale, tuple):
+        if isinstance(scale, Tensor) and scale.ndim == 1:
             scale = scale[min(step, len(scale) - 1)]  # a final denoising has that of the last step
         return self._with(inner=self.inner.at(step), scale=scale)
 
-    def described(self) -> Hashable | None:
-        inner = by_value(self.inner)
-        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
-        if inner is None or any(isinstance(scale, Tensor) for scale in scales):
-            return None
-        return Guided, inner, self.scale
-
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return self._guided(self.inner.preconditioning(sigma))
+
+    def described(self) -> Hashable | None:
+        inner = by_value(self.inner)
+        return None if inner is None or isinstance(self.scale, Tensor) else (inner, self.scale)
 
     def limit(self) -> Preconditioning:
         return self._guided(self.inner.limit())
@@ -111,7 +110,7 @@ class Guided(Parameterization):
 
     def _guided(self, inner: Preconditioning) -> Preconditioning:
         scale = self.scale
-        if isinstance(scale, tuple):
+        if isinstance(scale, Tensor) and scale.ndim == 1:
             _checks.fail("Guided: scale", "be one number outside of a run", f"[{len(scale)}]")
         nothing = (0.0,) * len(inner.c_out)
         plain = tuple((1 - scale) * c for c in inner.c_out)
@@ -121,15 +120,12 @@ class Guided(Parameterization):
         )
 
 
-def _scale(scale: object) -> Coefficient | tuple[Coefficient, ...]:
-    """A guidance weight, or one a step."""
+def _scale(scale: object) -> Coefficient:
     if isinstance(scale, Sequence) and not isinstance(scale, str):
-        return tuple(_checks.finite(f"Guided: scale[{k}]", c) for k, c in enumerate(scale))
+        numbers = [_checks.finite(f"Guided: scale[{k}]", c) for k, c in enumerate(scale)]
+        return torch.tensor(numbers, dtype=torch.float64)
     if not isinstance(scale, Tensor):
         return _checks.finite("Guided: scale", scale)
     if _checks.floating("Guided: scale", scale).ndim > 1:
         _checks.fail("Guided: scale", "have shape [] or [N], one a step", list(scale.shape))
-    scale = scale.to("cpu", torch.float64)
-    if scale.ndim == 0:
-        return scale
-    return scale.unbind() if scale.requires_grad else tuple(scale.tolist())
+    return scale.to("cpu", torch.float64)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler._uncompiled import uncompiled
 from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Program, Recorder
@@ -101,6 +102,7 @@ def program(step_map: StepMap, num_steps: int) -> Program:
     return run.finish(x)
 
 
+@uncompiled
 def iterate(
     step: Step,
     state: Any,

@@ -11,10 +11,8 @@ it. The state is in VE coordinates, ``x = x0 + s*e``; in a native flow run it is
 """
 
 import copy
-import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
@@ -81,8 +79,8 @@ class Parameterization(ABC):
             "VP with a v or x0 prediction and Flow can start from noise alone",
         )
 
-    def on(self, levels: Sequence[Coefficient]) -> "Parameterization":
-        """The parameterization on the N+1 levels of a run; tables are checked here."""
+    def on(self, sigmas: Tensor) -> "Parameterization":
+        """The parameterization on the levels of a run, [N+1] float64; tables are checked here."""
         return self
 
     def at(self, step: int) -> "Parameterization":
@@ -247,41 +245,29 @@ class VP(Parameterization):
         if not inside or not bool((alphas.diff() < 0).all()):
             _checks.fail("VP: alphas_cumprod", "decrease within (0, 1)", alphas.tolist()[:4])
         self.log_sigmas = 0.5 * (torch.log1p(-alphas) - torch.log(alphas))  # [T], increasing
-        self._table: list[float] = self.log_sigmas.tolist()
         self.timesteps = None if timesteps is None else Timesteps("VP", timesteps)
         self.behind = checked_modules("VP: modules", modules)
 
-    def identity(self) -> dict[str, Any]:
-        """What makes it the same in another process, for the checkpoint of `optimize`."""
-        return {name: x for name, x in vars(self).items() if name != "_table"}  # of log_sigmas
-
-    def on(self, levels: Sequence[Coefficient]) -> "VP":
-        return self if self.timesteps is None else _placed(self, map(self._formula, levels))
+    def on(self, sigmas: Tensor) -> "VP":
+        return self if self.timesteps is None else _placed(self, sigmas, self._formula)
 
     def timestep(self, sigma: Coefficient) -> Coefficient:
         """The timestep of a noise level; by the formula fractional between two of the process."""
-        formula = self._formula(sigma)
-        return formula if self.timesteps is None else self.timesteps.told(formula)
+        return _told(self.timesteps, self._formula, sigma)
 
-    def _formula(self, sigma: Coefficient) -> Coefficient:
-        last = len(self._table) - 1
-        if not isinstance(sigma, Tensor):
-            log_sigma = log(sigma)
-            above = min(max(bisect_left(self._table, log_sigma), 1), last)
-            low, high = self._table[above - 1], self._table[above]
-            between = 1.0 if sigma == math.inf else (log_sigma - low) / (high - low)
-            return above - 1 + min(max(between, 0.0), 1.0)
+    def _formula(self, sigma: Tensor) -> Tensor:
         table = self.log_sigmas.to(sigma.device)
-        tiny = torch.finfo(sigma.dtype).tiny  # whose logarithm has a derivative
-        x = torch.as_tensor(log(sigma.clamp(min=tiny)))
-        after = torch.searchsorted(table, x.detach()).clamp(1, last)
-        before, behind = table[after - 1], table[after]
-        between = ((x - before) / (behind - before)).clamp(0, 1)
-        return after - 1 + torch.where(torch.isinf(sigma), 1.0, between)
+        tiny = torch.finfo(sigma.dtype).tiny  # at level 0 the logarithm has no derivative
+        log_sigma = torch.log(sigma.clamp(min=tiny))
+        above = torch.searchsorted(table, log_sigma.detach()).clamp(1, len(table) - 1)
+        low, high = table[above - 1], table[above]
+        between = ((log_sigma - low) / (high - low)).clamp(0, 1)
+        return above - 1 + torch.where(torch.isinf(sigma), 1.0, between)
 
     def described(self) -> Hashable | None:
-        table = _described(self.timesteps)
-        return None if table is None else (VP, self.prediction, tuple(self._table), table)
+        if self.timesteps is not None:
+            return None
+        return VP, self.prediction, tuple(self.log_sigmas.tolist())
 
     def _scales(self, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         if self.prediction == "x0":
@@ -332,42 +318,42 @@ class Flow(Parameterization):
         self.timesteps = None if timesteps is None else Timesteps("Flow", timesteps)
         self.behind = checked_modules("Flow: modules", modules)
 
-    def on(self, levels: Sequence[Coefficient]) -> "Flow":
-        if self.timesteps is None:
-            return self
-        return _placed(self, (1.0 if s == math.inf else _flow_time(s) for s in levels))
+    def on(self, sigmas: Tensor) -> "Flow":
+        return self if self.timesteps is None else _placed(self, sigmas, self._formula)
+
+    def _formula(self, sigma: Tensor) -> Tensor:
+        return torch.where(torch.isinf(sigma), 1.0, sigma / (1 + sigma))
 
     def limit(self) -> Preconditioning:
         noise = 1.0 if self.timesteps is None else self.timesteps.first
         return Preconditioning(1.0, (-1.0,), 1.0, noise)
 
     def described(self) -> Hashable | None:
-        table = _described(self.timesteps)
-        return None if table is None else (Flow, table)
+        return None if self.timesteps is not None else (Flow,)
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
-        shrink, t = 1 / (1 + sigma), _flow_time(sigma)
-        told = t if self.timesteps is None else self.timesteps.told(t)
+        shrink = 1 / (1 + sigma)
+        told = _told(self.timesteps, self._formula, sigma)
         return Preconditioning(shrink, (-sigma * shrink,), shrink, told)
-
-
-def _described(timesteps: Timesteps | None) -> Hashable | None:
-    """A table of timesteps by value, or that there is none; None where it is learned."""
-    return () if timesteps is None else timesteps.described()
-
-
-def _flow_time(sigma: Coefficient) -> Coefficient:
-    return sigma * (1 / (1 + sigma))
 
 
 Tabled = TypeVar("Tabled", VP, Flow)
 
 
-def _placed(model: Tabled, formula: Iterable[Coefficient]) -> Tabled:
-    """The model with its table of timesteps, given the formula's at the levels of a run."""
+def _told(
+    table: Timesteps | None, formula: Callable[[Tensor], Tensor], sigma: Coefficient
+) -> Coefficient:
+    """What the network is told at a level, by the formula or by the table beside it."""
+    numbers = formula(torch.as_tensor(sigma, dtype=torch.float64))
+    told = numbers if table is None else table.told(numbers)
+    return told if isinstance(sigma, Tensor) or told.requires_grad else told.item()
+
+
+def _placed(model: Tabled, sigmas: Tensor, formula: Callable[[Tensor], Tensor]) -> Tabled:
+    """The model with its table of timesteps on the levels of a run."""
     assert model.timesteps is not None
     placed = copy.copy(model)
-    placed.timesteps = model.timesteps.on(list(formula))
+    placed.timesteps = model.timesteps.on([formula(sigma) for sigma in sigmas.unbind()])
     return placed
 
 
@@ -407,5 +393,6 @@ def checked_modules(argument: str, modules: Any) -> tuple[nn.Module, ...]:
 
 def model_dtype(model: Parameterization, z0: Tensor) -> torch.dtype:
     """The dtype that the model is called in: that of all its floating parameters, else z0's."""
-    dtypes = {p.dtype for m in model.modules() for p in m.parameters() if p.dtype.is_floating_point}
+    # Eight bits are for storage: layers that hold such weights compute in a dtype of their own.
+    dtypes = {p.dtype for m in model.modules() for p in m.parameters()} & set(_checks.FLOATING)
     return dtypes.pop() if len(dtypes) == 1 else z0.dtype

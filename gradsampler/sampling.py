@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradsampler import _checks, arguments
 from gradsampler import memory as memories
+from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
@@ -19,6 +20,7 @@ from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
 
 
+@uncompiled
 def sample(
     denoiser: Parameterization | Denoiser,
     z0: Tensor,
@@ -70,7 +72,8 @@ def sample(
         state_dtype: dtype of the state between model calls; None keeps z0's, float32 at least. The
             model is called in the dtype that its parameters share, else in z0's.
         backend: a name of `backends.available()`, or None for the fastest present.
-        check_finite: raises where a state or a gradient is not finite (reads back at each call).
+        check_finite: raises where a state or a gradient is not finite: at once on the CPU, else at
+            the end of the run or of its backward, which read back once.
         modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
             dtype is that of the calls, and their buffers and generators are known.
 
@@ -116,6 +119,7 @@ def sample(
     )
 
 
+@uncompiled
 def integrate(
     program: Program,
     denoiser: Parameterization | Denoiser,
@@ -161,11 +165,11 @@ def integrate(
         tensor(True)
     """
     z0 = _checks.batched("z0", z0)
+    _checks.valued("z0", z0)
     if not isinstance(program, Program):
         _checks.fail_type("program", "be recorded by a Solver or a Recorder", program)
     model = parameterize(denoiser, "x0").naming(modules)
-    if z0.is_inference() and not torch.is_inference_mode_enabled():
-        z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
+    z0 = _checks.savable(z0)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
     strategy = memories.resolve(memory)

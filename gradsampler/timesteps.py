@@ -2,14 +2,12 @@
 """What a network is told of the noise level, where an upstream rounds or truncates."""
 
 import copy
-from bisect import bisect_right
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient, as_float
 
 
 class Timesteps:
@@ -30,45 +28,36 @@ class Timesteps:
                 values = torch.tensor(values, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError):
                 _checks.fail_type(self._owner, "be a tensor or a list of numbers", values)
-        table = values.to("cpu", torch.float64)
-        if table.ndim != 1 or not len(table) or not bool(torch.isfinite(table).all()):
-            _checks.fail(self._owner, "be finite, of shape [N] or [N+1]", table.tolist())
-        self._values: Sequence[Coefficient] = (
-            table.unbind() if table.requires_grad else table.tolist()
-        )
-        self._points: list[tuple[Coefficient, Coefficient]] = []  # the formula's, the table's
+        self.values = values.to("cpu", torch.float64)
+        if self.values.ndim != 1 or not bool(torch.isfinite(self.values).all()):
+            _checks.fail(self._owner, "be finite, of shape [N] or [N+1]", self.values.tolist())
+        self._formula: Tensor | None = None  # its numbers at the levels, ascending
 
     @property
-    def first(self) -> Coefficient:
+    def first(self) -> Tensor:
         """The number of the first level."""
-        return self._values[0]
+        return self.values[0]
 
-    def described(self) -> Hashable | None:
-        """The numbers by value; None where they carry a gradient."""
-        return None if isinstance(self._values[0], Tensor) else tuple(self._values)
-
-    def on(self, formula: Sequence[Coefficient]) -> "Timesteps":
+    def on(self, formula: Sequence[Tensor]) -> "Timesteps":
         """The table for a run, given the formula's numbers at its N+1 levels."""
         count = len(formula)
-        if len(self._values) not in (count - 1, count):
+        if len(self.values) not in (count - 1, count):
             expected = f"hold a number for each of the {count - 1} steps or {count} levels"
-            _checks.fail(self._owner, expected, f"{len(self._values)} numbers")
+            _checks.fail(self._owner, expected, f"{len(self.values)} numbers")
         placed = copy.copy(self)
-        points = zip(formula, self._values, strict=False)  # the last level may have none
-        placed._points = sorted(points, key=lambda point: as_float(point[0]))
+        placed._formula, order = torch.sort(torch.stack(list(formula[: len(self.values)])))
+        placed.values = self.values[order]
         return placed
 
-    def told(self, formula: Coefficient) -> Coefficient:
-        """What the network is told where the formula gives this number."""
-        points = self._points
-        if not points:
+    def told(self, formula: Tensor) -> Tensor:
+        """What the network is told where the formula gives these numbers."""
+        if self._formula is None:
             _checks.fail(self._owner, "be used in a run, to whose levels they belong", "a call")
-        if len(points) == 1:
-            return points[0][1]
-        below = bisect_right(points, as_float(formula), key=lambda point: as_float(point[0])) - 1
-        below = max(below, 0)
-        here, told = points[below]  # at a level of the run exactly its number
-        there, other = points[below + 1] if below + 1 < len(points) else points[below - 1]
-        if as_float(here) == as_float(there):
-            return told
-        return told + (formula - here) * ((other - told) / (there - here))
+        table, values = self._formula, self.values
+        if len(table) == 1:
+            return values[0].expand(formula.shape)
+        low = torch.searchsorted(table.detach(), formula.detach(), right=True) - 1
+        low = low.clamp(0, len(table) - 2)
+        run = table[low + 1] - table[low]
+        slope = (values[low + 1] - values[low]) / torch.where(run == 0, 1.0, run)
+        return values[low] + (formula - table[low]) * slope

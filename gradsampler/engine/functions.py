@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 
-_FOREIGN = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+_LIBRARIES = {"torch", "numpy", "diffusers", "transformers", "accelerate", "peft"}
+_FOREIGN = {*_LIBRARIES, *sys.stdlib_module_names} - {"__main__"}
 
 
 def variables(f: FunctionType) -> Iterator[tuple[str, object]]:
@@ -36,7 +37,7 @@ def variables(f: FunctionType) -> Iterator[tuple[str, object]]:
 
 
 def foreign(module: object) -> bool:
-    """Whether a module of that name is torch's, numpy's or of the standard library."""
+    """Whether a module of that name is of the standard library, or one that networks come from."""
     return str(module).split(".")[0] in _FOREIGN
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradsampler.elementary import as_float
 from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization, parameterize
 
@@ -369,7 +370,8 @@ class Recorder:
         """
         state = self._write(x)
         call, model = state.call, self._model.at(self.step)
-        maps = model.limit() if sigma == math.inf else model.preconditioning(sigma)
+        infinite = math.isinf(as_float(sigma))
+        maps = model.limit() if infinite else model.preconditioning(sigma)
         outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
         here = Affine({state: 1.0})
 

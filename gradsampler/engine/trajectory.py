@@ -40,6 +40,9 @@ class GradientWarning(UserWarning):
         )
         self.step = step
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step,)  # the text is made anew: pickles go between processes
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -222,7 +225,7 @@ class Trajectory:
             )
         for output in outputs:
             name = f"denoiser: the output at step {evaluation.step}"
-            _checks.floating(name, output)
+            _checks.prediction(name, output)
             if self.model.keeps_shape:
                 _checks.shape(name, output, x.shape)
             _checks.device(name, output, x.device)

@@ -63,6 +63,8 @@ class Solver(ABC):
     stochastic: ClassVar[bool] = False  # injects noise of its own
     flow: ClassVar[bool] = False  # also defined in flow time
     monotone: ClassVar[bool] = True  # needs levels that decrease strictly
+    ode_order: ClassVar[int | None] = None  # of convergence to the ODE, with eta = 0
+    weak_order: ClassVar[int | None] = None  # of the moments' convergence to those of the SDE
 
     @abstractmethod
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
@@ -100,15 +102,14 @@ class Solver(ABC):
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
         """
         levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
-        run = Recorder(parameterize(denoiser, prediction).on(levels), len(levels) - 1)
-        rest = levels
-        if levels[0] == math.inf:
+        run = Recorder(parameterize(denoiser, prediction).on(sigmas), len(levels) - 1)
+        if math.isinf(as_float(levels[0])):
             noise, denoised = run.denoise(run.z0(), levels[0])
             run.predictions.clear()  # no method interpolates from infinity
-            run.step, rest, x = 1, levels[1:], denoised + levels[1] * noise
+            run.step, levels, x = 1, levels[1:], denoised + levels[1] * noise
         else:
             x = levels[0] * run.z0()
-        x = self.steps(run, x, rest, churn or Churn(0.0))
+        x = self.steps(run, x, levels, churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps
             _, x = run.denoise(x, levels[-1])

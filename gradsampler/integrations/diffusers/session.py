@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of a pipeline, on private copies of the pipeline and of its scheduler."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradsampler import _checks
+from gradsampler.integrations.diffusers import parts
+from gradsampler.integrations.diffusers.glue import Glue, Lifted
+from gradsampler.integrations.diffusers.loop import own_call
+
+__all__ = ["Bar", "Session", "lifted"]
+
+Model = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Bar:
+    """The pipeline's progress bar, which a turn that is made again does not move."""
+
+    def __init__(self, bar: Any, session: "Session") -> None:
+        self._bar, self._session = bar, session
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._bar.iterable:
+            yield item
+            self.update()
+
+    def __len__(self) -> int:
+        return len(self._bar)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, n: float = 1) -> None:
+        """Moves the bar on."""
+        if self._session.live:
+            self._bar.update(n)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+
+class Session:
+    """A pipeline whose models, scheduler and progress bar are watched, for one call.
+
+    Args:
+        pipe: the user's pipeline, which stays as it is.
+        arguments: of the call.
+        levels: what ``scheduler.sigmas`` is to hold once the timesteps are set.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any],
+        levels: Tensor | None = None,
+    ) -> None:
+        self.call = own_call(pipe)
+        self.glue = Glue()
+        self.live = True  # whether what runs is the sampling and not a repetition
+        self.model: Model = lambda module, args, kwargs: module(*args, **kwargs)
+        self.step: Callable[..., Any] | None = None
+        self.last: Any = None  # what the scheduler's last step returned
+        self._given, self._levels, self._original = arguments, levels, pipe
+        self.arguments, self._start = self._adapted(arguments)
+        self.pipe = copy.copy(pipe)
+        self._swapped = {
+            name: twin
+            for name, part in vars(pipe).items()
+            if (twin := self._twin(name, part)) is not None
+        }
+        self.pipe.__dict__.update(self._swapped)
+        self.pipe.__dict__["progress_bar"] = self._progress_bar
+        self.pipe.__dict__["maybe_free_model_hooks"] = lambda: None
+        self.bars: list[Bar] = []
+
+    def _adapted(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """The arguments for the pipeline, and latents that it has no argument for."""
+        known = inspect.signature(self.call).parameters
+        given = {name: lifted(x) for name, x in arguments.items()}
+        start = given.pop("latents", None) if "latents" not in known else None
+        decoded = "output_type" in given and given["output_type"] != "latent"
+        if "output_type" in known and given.get("output_type") in ("pil", "np"):
+            _checks.fail(
+                "output_type", 'be "latent" or "pt", which carry a gradient', given["output_type"]
+            )
+        has_latent = '"latent"' in inspect.getsource(self.call)
+        self.wants_tail = decoded or has_latent
+        if "output_type" in known and not decoded:
+            given["output_type"] = "latent" if has_latent else "pt"
+        if "return_dict" in known:
+            given["return_dict"] = False
+        return given, start
+
+    def _twin(self, name: str, part: Any) -> Any:
+        if isinstance(part, nn.Module):
+            homes = {each.__module__.split(".")[0] for each in type(part).__mro__}
+            foreign = "transformers" in homes
+            return parts.stand_in(part, self._aside if foreign else self._called)
+        if hasattr(part, "step") and hasattr(part, "set_timesteps"):
+            hooks = {"step": self._stepped, "set_timesteps": self._set}
+            return parts.overridden(parts.copied(part), hooks)
+        return None
+
+    def anew(self) -> "Session":
+        """Another session of the same call."""
+        return Session(self._original, self._given, self._levels)
+
+    @property
+    def name(self) -> str:
+        """The class of the pipeline."""
+        return type(self._original).__name__
+
+    @property
+    def scheduler(self) -> Any:
+        """The private scheduler, whose steps are watched."""
+        return self.pipe.__dict__["scheduler"]
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.pipe.__dict__["scheduler"] = scheduler
+
+    def _aside(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self.glue.paused():
+            return module(*args, **kwargs)
+
+    def _called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self.glue.paused():
+            return self.model(module, args, kwargs)
+
+    def _stepped(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.last = own(*args, **kwargs) if self.step is None else self.step(own, *args, **kwargs)
+        return self.last
+
+    def _set(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        if self._levels is not None:
+            (scheduler,) = own.args  # type: ignore[attr-defined]
+            _set_levels(scheduler, self._levels)
+
+    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> Bar:
+        bar = type(self._original).progress_bar(self._original, iterable, total)
+        self.bars.append(Bar(bar, self))
+        return self.bars[-1]
+
+    def started(self, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The caller's latents in the place of a pipeline's own first draw.
+
+        With a list of generators a pipeline draws its samples one by one.
+        """
+        if self._start is None:
+            return None
+        start = _checks.floating("latents", self._start)
+        one = (1, *start.shape[1:])
+        if shape == one and len(start) > 1:
+            start, self._start = start[:1], start[1:]
+        else:
+            self._start = None
+        _checks.shape("latents", start, shape)
+        return start.to(kwargs.get("device"), kwargs.get("dtype") or start.dtype)
+
+    @property
+    def starts_from_noise(self) -> bool:
+        """Whether the first state is noise alone, which it is not in image-to-image pipelines."""
+        return "strength" not in inspect.signature(self.call).parameters
+
+    @property
+    def scale(self) -> float:
+        """What standard normal noise was multiplied by to give the first state.
+
+        1 where the run does not start from noise.
+        """
+        if not self.starts_from_noise:
+            return 1.0
+        return float(torch.as_tensor(getattr(self.scheduler, "init_noise_sigma", 1.0)).detach())
+
+    def z0(self, start: Tensor) -> Tensor:
+        """The standard normal noise that the run starts from."""
+        return start if self.scale == 1.0 else start / self.scale
+
+    def carrying(self, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The local variables and the pipeline's attributes through which a gradient passes."""
+        own = {name: x for name, x in vars(self.pipe).items() if name not in self._swapped}
+        return {
+            kind: {name: _plain(x) for name, x in values.items() if _carries(x)}
+            for kind, values in (("names", names), ("attributes", own))
+        }
+
+    def put(self, attributes: Mapping[str, Any]) -> None:
+        """Sets attributes of the private pipeline."""
+        self.pipe.__dict__.update({name: lifted(x) for name, x in attributes.items()})
+
+    def advance(self, turn: int) -> None:
+        """Moves the bars on, where the pipeline's own code does not get to it."""
+        for bar in self.bars:
+            if bar.total is None or bar.n < bar.total:
+                bar.update()
+
+    def close(self) -> None:
+        """Leaves the user's pipeline as its own call would have left it."""
+        for bar in self.bars:
+            bar.close()
+        kept = {*self._swapped, "progress_bar", "maybe_free_model_hooks"}
+        changed = {k: v for k, v in vars(self.pipe).items() if k not in kept}
+        self._original.__dict__.update(changed)
+        self._original.maybe_free_model_hooks()
+
+    def result(self, returned: Any) -> Any:
+        """What the run gives: the pipeline's latents, or with ``output_type="pt"`` its images."""
+        if not self.wants_tail:
+            return self.last[0]
+        tensors = [x for x in returned if isinstance(x, Tensor)]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _set_levels(scheduler: Any, levels: Tensor) -> None:
+    """Puts the caller's levels in the place of a scheduler's own."""
+    own = getattr(scheduler, "sigmas", None)
+    name = type(scheduler).__name__
+    if not isinstance(own, Tensor):
+        _checks.fail("levels", "be None for a scheduler without a table of sigmas", name)
+    derived = [k for k, v in vars(scheduler).items() if k.startswith("sigmas_") and v is not None]
+    if derived:
+        _checks.fail(
+            "levels", f"be None for {name}, whose {derived[0]} follow from its own", "some"
+        )
+    _checks.shape(f"levels of {name}", _checks.floating("levels", levels), own.shape)
+    if bool((levels < 0).any()) or not bool(torch.isfinite(levels).all()):
+        _checks.fail("levels", "be finite and at least 0", levels.tolist())
+    scheduler.sigmas = levels.to(own.device)
+
+
+def lifted(x: Any) -> Any:
+    """A number that requires grad in a form that every torch function takes; else x."""
+    number = isinstance(x, Tensor) and x.ndim == 0 and x.requires_grad
+    return Lifted.of(x) if number and not isinstance(x, Lifted) else x
+
+
+def _plain(x: Any) -> Any:
+    return pytree.tree_map_only(Lifted, lambda number: number.origin, x)
+
+
+def _carries(x: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(x))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every scheduler of diffusers by each way, and gradients to its levels."""
+
+import inspect
+
+import pytest
+import torch
+
+import gradsampler as gs
+import gradsampler.integrations.diffusers as gsd
+from support import schedulers
+from support.pipelines import BETAS, apart, bare, diffusers
+from support.schedulers import OTHER, SETUPS
+from support.tiers import few
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # upstream under numpy 2
+    pytest.mark.filterwarnings("ignore:Should have t:UserWarning"),  # torchsde in float32
+]
+
+CHEAP = ("DDIMScheduler", "UniPCMultistepScheduler")
+BROWNIAN = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
+
+
+def test_no_scheduler_is_forgotten():
+    assert set(schedulers.classes()) == {*SETUPS, *OTHER}
+
+
+def setups():
+    for name, each in SETUPS.items():
+        for k, setup in enumerate(each):
+            marks = [] if name in CHEAP else [pytest.mark.thorough]
+            yield pytest.param(name, setup, marks=marks, id=f"{name}-{k}")
+
+
+def run(pipe, setup, latents):
+    """The pipeline's own code, without no_grad."""
+    call = inspect.unwrap(type(pipe).__call__)
+    torch.manual_seed(5)
+    arguments = schedulers.arguments(setup) | {"latents": latents}
+    return call(pipe, **arguments, return_dict=False)[0]
+
+
+@pytest.mark.parametrize(("name", "setup"), list(setups()))
+def test_a_scheduler_has_the_sample_and_the_gradient_of_its_own_code(name, setup):
+    if name in BROWNIAN:
+        pytest.importorskip("torchsde")
+    pipe = schedulers.pipeline(schedulers.classes()[name], setup)
+    # In float32 the gradient through IPNDM's first step is a difference of numbers near 1e8.
+    dtype = torch.float64 if name == "IPNDMScheduler" else torch.float32
+    pipe.unet.to(dtype)
+    latents = schedulers.arguments(setup)["latents"].detach().to(dtype).requires_grad_()
+    sample = run(pipe, setup, latents)
+    (wanted,) = torch.autograd.grad(sample.square().mean(), latents)
+    assert wanted.isfinite().all()
+    arguments = schedulers.arguments(setup) | {"latents": latents}
+    explained = gsd.explain(pipe, **arguments)
+    assert explained.method == ("program" if setup.affine else "steps")
+    for way in ("program", "steps", "calls"):
+        if way in explained.against:
+            continue
+        torch.manual_seed(5)
+        arguments = schedulers.arguments(setup) | {"latents": latents}
+        x = gsd.pipeline(pipe, "checkpoint", way)(**arguments)
+        assert torch.equal(x, sample) or (way == "program" and apart(x, sample) < 1e-5)
+        assert apart(torch.autograd.grad(x.square().mean(), latents)[0], wanted) < 1e-5
+
+
+# ------------------------------------------------------------------ levels
+
+
+LEARNED = {
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},  # upstream: NaN
+    "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},  # NaN at the end
+    "UniPCMultistepScheduler": {},  # NaN at the end
+    "LMSDiscreteScheduler": {},  # silently wrong
+    "DEISMultistepScheduler": {},  # refused by numpy
+    "SASolverScheduler": {},  # NaN
+    "HeunDiscreteScheduler": {},
+}
+
+
+@pytest.mark.parametrize("name", few(LEARNED, "EulerAncestralDiscreteScheduler"))
+def test_gradients_to_the_levels_are_those_of_differences(name):
+    pipe = bare(schedulers.classes()[name](**BETAS, **LEARNED[name]))
+    pipe.unet.double().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
+    scheduler = schedulers.classes()[name](**BETAS, **LEARNED[name])
+    scheduler.set_timesteps(4)
+    start = scheduler.sigmas.double()
+    sampled = gsd.pipeline(pipe, "checkpoint", "program")
+
+    def loss(levels):
+        seeded = torch.Generator().manual_seed(1)
+        x = sampled(latents, 4, levels=levels, generator=seeded)
+        return x.square().mean()
+
+    levels = start.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(levels), levels)
+    assert gradient.isfinite().all()
+    inner = (start > 0).nonzero().flatten().tolist()
+    wanted = []
+    for k in inner:
+        step = 1e-4 * float(start[k])
+        ahead, behind = start.clone(), start.clone()
+        ahead[k] += step
+        behind[k] -= step
+        wanted.append(float(loss(ahead) - loss(behind)) / (2 * step))
+    assert apart(gradient[inner], torch.tensor(wanted, dtype=torch.float64)) < 1e-5
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True:UserWarning")
+def test_upstreams_gradient_to_the_levels_is_nan_or_wrong():
+    """What the tests above are for: the pipeline's own code, differentiated."""
+    found = {}
+    for name in ("EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"):
+        pipe = bare(schedulers.classes()[name](**BETAS))
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        scheduler = schedulers.classes()[name](**BETAS)
+        scheduler.set_timesteps(4)
+        for way in ("program", "calls"):
+            levels = scheduler.sigmas.clone().requires_grad_()
+            seeded = torch.Generator().manual_seed(1)
+            x = gsd.pipeline(pipe, "store", way)(latents, 4, levels=levels, generator=seeded)
+            (found[name, way],) = torch.autograd.grad(x.square().mean(), levels)
+    assert found["EulerAncestralDiscreteScheduler", "calls"].isnan().any()
+    wrong = found["LMSDiscreteScheduler", "calls"]
+    assert apart(wrong, found["LMSDiscreteScheduler", "program"]) > 0.03
+
+
+@pytest.mark.parametrize("method", ["program", "steps", "calls"])
+def test_levels_take_the_place_of_the_schedulers(method):
+    pipe = bare(diffusers.EulerDiscreteScheduler(**BETAS))
+    arguments = schedulers.arguments(schedulers.Setup(steps=4))
+    levels = gs.schedules.karras(3, sigma_min=0.1, sigma_max=9.0, final="sigma_min")
+    levels = torch.cat([levels, torch.zeros(1)]).float()
+    x = gsd.pipeline(pipe, method=method)(**arguments, levels=levels)
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(4)
+    state = arguments["latents"] * levels[0]
+    for s, t, when in zip(levels[:-1], levels[1:], scheduler.timesteps, strict=True):
+        epsilon = pipe.unet(state / (s**2 + 1) ** 0.5, when)
+        state = state + (t - s) * epsilon
+    assert apart(x, state) < 1e-5
+
+
+def test_levels_that_do_not_fit_are_named():
+    arguments = schedulers.arguments(schedulers.Setup(steps=4))
+    run = gsd.pipeline(bare(diffusers.EulerDiscreteScheduler(**BETAS)))
+    with pytest.raises(ValueError, match=r"levels of EulerDiscreteScheduler must have shape \[5\]"):
+        run(**arguments, levels=torch.ones(4))
+    with pytest.raises(ValueError, match="levels must be finite and at least 0"):
+        run(**arguments, levels=-torch.ones(5))
+    run = gsd.pipeline(bare(diffusers.DDIMScheduler(**BETAS)))
+    with pytest.raises(ValueError, match="levels must be None for a scheduler without a table"):
+        run(**arguments, levels=torch.ones(5))
+    run = gsd.pipeline(bare(diffusers.KDPM2DiscreteScheduler(**BETAS)))
+    with pytest.raises(ValueError, match="whose sigmas_interpol follow from its own"):
+        run(**arguments, levels=torch.ones(5))
