@@ -92,7 +92,8 @@ def sample(
         NonFiniteError: with ``check_finite``, naming the step and the level.
 
     Warns:
-        NoiseWarning: where the injected noise is made of a z0 that is plainly not standard normal.
+        NoiseWarning: where the injected noise is made of a z0 that is plainly not standard normal,
+            and would be standard normal else.
 
     Example:
         >>> import torch, gradsampler as gs
@@ -198,7 +199,8 @@ def integrate(
         state_dtype=state_dtype,
         backend=backend,
     )
-    energy = Energy(z0) if program.noises and trajectory.noise.of_z0 else None
+    source = trajectory.noise
+    energy = Energy(z0) if program.noises and source.of_z0 and source.normal else None
     with Observer(
         program, callback=callback, progress=progress, check_finite=check_finite
     ) as observer:

@@ -240,6 +240,7 @@ def test_a_sampler_warns_once(scale, memory):
         pytest.param({}, id="deterministic"),
         pytest.param({"solver": "euler_ancestral", "noise": gs.noise.Philox()}, id="philox"),
         pytest.param({"solver": "euler_ancestral", "noise": gs.noise.Off()}, id="off"),
+        pytest.param({"solver": "euler_ancestral", "noise": gs.noise.SinCos()}, id="never-normal"),
     ],
 )
 def test_where_no_noise_is_made_of_z0_it_may_be_anything(options):

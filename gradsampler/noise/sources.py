@@ -48,6 +48,11 @@ class NoiseSource(ABC):
         return True
 
     @property
+    def normal(self) -> bool:
+        """Whether the noise is standard normal where z0 is, as a right sample needs it."""
+        return True
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors of the caller that the noise is made of and that its gradient reaches."""
         return ()
@@ -161,6 +166,10 @@ class SinCos(NoiseSource):
     def __post_init__(self) -> None:
         for name in ("scale_gain", "phase_rate", "sin_amp", "cos_amp"):
             _checks.finite(f"SinCos: {name}", getattr(self, name))
+
+    @property
+    def normal(self) -> bool:
+        return False
 
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)
@@ -280,6 +289,10 @@ class Mixture(NoiseSource):
     @property
     def of_z0(self) -> bool:
         return self.other.of_z0
+
+    @property
+    def normal(self) -> bool:
+        return self.other.normal
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
