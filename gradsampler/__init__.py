@@ -9,6 +9,7 @@ from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.gradient_flow import check
 from gradsampler.guidance import Guided
 from gradsampler.iteration import iterate
+from gradsampler.noise.energy import NoiseWarning
 from gradsampler.ops import backends
 from gradsampler.optimization import regularizers
 from gradsampler.optimization.optimize import OptimizeResult, OptimizeStep, optimize
@@ -23,6 +24,7 @@ __all__ = [
     "Flow",
     "GradientWarning",
     "Guided",
+    "NoiseWarning",
     "NonFiniteError",
     "OptimizeResult",
     "OptimizeStep",

@@ -4,6 +4,7 @@
 import difflib
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import NoReturn
@@ -47,6 +48,18 @@ def _letters(name: str) -> str:
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def callers() -> int:
+    """The stacklevel at which `warnings.warn` names the line that called the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _ours(module: str) -> bool:
+    return module == "gradsampler" or module.startswith("gradsampler.")
 
 
 def floating(argument: str, x: object) -> Tensor:

@@ -15,7 +15,7 @@ from gradsampler.elementary import Coefficient
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
-from gradsampler.engine.program import Program
+from gradsampler.engine.program import START, Program
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.noise.sources import NoiseSource, Off, SignedRoll
 from gradsampler.ops import backends
@@ -38,20 +38,26 @@ def record(
     eta: Coefficient | None = None,
     s_noise: Coefficient = 1.0,
     final_denoise: bool = False,
+    started: bool = False,
 ) -> tuple[Program, Parameterization]:
-    """The program of a solver around a denoiser; the arguments are those of `sample`."""
+    """The program of a solver around a denoiser; the arguments are those of `sample`.
+
+    With ``started`` it begins with a state that is given.
+    """
     model = parameterize(denoiser, prediction)
     method = solvers.resolve(solver, eta, s_noise)
     levels = checked_levels(sigmas, flow=prediction == "flow", monotone=method.monotone)
     _check_solver(method, churn, flow=prediction == "flow")
 
     def recorded() -> Program:
-        return method.program(levels, model, churn=churn, final_denoise=final_denoise)
+        return method.program(
+            levels, model, churn=churn, final_denoise=final_denoise, started=started
+        )
 
     maps, described = by_value(model), programs.described(method)
     if levels.requires_grad or maps is None or described is None:
         return recorded(), model
-    key = (described, maps, tuple(levels.tolist()), churn, final_denoise)
+    key = (described, maps, tuple(levels.tolist()), churn, final_denoise, started)
     return _PROGRAMS.get(key, recorded), model
 
 
@@ -60,6 +66,7 @@ def trajectory(
     model: Parameterization,
     z0: Tensor,
     *,
+    start: Tensor | None = None,
     noise: NoiseSource | None = None,
     cond: Mapping[str, Any] | None = None,
     state_dtype: torch.dtype | None = None,
@@ -75,7 +82,8 @@ def trajectory(
         _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
     if state_dtype is not None and state_dtype not in _checks.FLOATING:
         _checks.fail("state_dtype", "be a floating-point dtype of 16 bits or more", state_dtype)
-    state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
+    widest = z0.dtype if start is None else torch.promote_types(z0.dtype, start.dtype)
+    state = state_dtype or torch.promote_types(widest, torch.float32)
     return Trajectory(
         program,
         model,
@@ -85,7 +93,24 @@ def trajectory(
         state,
         model_dtype(model, z0),
         Observer(program),
+        start=None if start is None else start.to(state),
     )
+
+
+def checked_start(start: object, z0: Tensor, program: Program) -> Tensor | None:
+    """The state that a run starts from, checked against z0 and against the program."""
+    read = START in program.readers()
+    if start is None:
+        if read:
+            hint = "it was recorded with run.start() or started=True"
+            _checks.fail("start", "be given, as the program begins with it", None, hint)
+        return None
+    _checks.shape("start", _checks.floating("start", start), z0.shape)
+    start = _checks.device("start", _checks.floating("start", start), z0.device)
+    if not read:
+        hint = "record it with run.start() or started=True"
+        _checks.fail("start", "be None, as the program begins with z0", "a tensor", hint)
+    return start
 
 
 def checked_levels(

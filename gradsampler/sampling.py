@@ -17,6 +17,7 @@ from gradsampler.elementary import Coefficient
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
 from gradsampler.memory import Memory
+from gradsampler.noise.energy import Energy
 from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
@@ -36,6 +37,7 @@ def sample(
     eta: Coefficient | None = None,
     s_noise: Coefficient = 1.0,
     memory: str | Memory = "auto",
+    start: Tensor | None = None,
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
     callback: Callable[[StepInfo], object] | None = None,
@@ -47,13 +49,14 @@ def sample(
 ) -> Tensor:
     """Runs a sampler from the initial noise ``z0``; gradients flow back through all of it.
 
-    They reach z0, the tensors in ``cond``, the parameters and other leaves that the denoiser uses,
-    ``sigmas``, and the tensors of a `noise.Given`.
+    They reach z0, ``start``, the tensors in ``cond``, the parameters and other leaves that the
+    denoiser uses, ``sigmas``, and the tensors of a `noise.Given`.
 
     Args:
         denoiser: callable (x [B, *state], sigma [B], **cond) -> prediction of x's shape; or a
             network wrapped in `EDM`, `VP`, `Flow` or `Guided`.
-        z0: [B, *state] standard normal of a floating dtype; the state starts at sigmas[0] * z0.
+        z0: [B, *state] standard normal of a floating dtype; the state starts at sigmas[0] * z0, and
+            the injected noise is made of it.
         sigmas: [N+1] noise levels, N >= 1, positive but for a last one of 0, and decreasing for
             solvers that are `monotone`; with ``prediction="flow"`` flow times of at most 1. The
             first may be infinite for `VP` and `Flow`: a start from noise alone, z0 itself. Taken to
@@ -69,6 +72,10 @@ def sample(
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
             "truncated:STEPS", or a `gradsampler.memory` object. "auto" keeps the activations of as
             many model calls as there is room for, and makes the others again in backward.
+        start: [B, *state] the state at sigmas[0], for a run that does not start from noise alone:
+            ``x + sigmas[0] * noise`` to purify or edit an image x. z0 then is the source of the
+            injected noise alone, so it has to be independent of the noise in ``start``. At an
+            infinite level the state is divided by it. None is sigmas[0] * z0.
         final_denoise: one last denoiser call at sigmas[-1], whose prediction is returned.
         cond: passed on to the denoiser as keyword arguments.
         callback: called after each step with a `StepInfo`.
@@ -87,6 +94,10 @@ def sample(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any model call.
         NonFiniteError: with ``check_finite``, naming the step and the level.
+
+    Warns:
+        NoiseWarning: where the injected noise is made of a z0 that is plainly not standard normal,
+            and would be standard normal else.
 
     Example:
         >>> import torch, gradsampler as gs
@@ -122,11 +133,13 @@ def sample(
         prediction=prediction,
         churn=churn,
         final_denoise=final_denoise,
+        started=start is not None,
     )
     return integrate(
         program,
         model,
         z0,
+        start=start,
         noise=noise,
         memory=memory,
         cond=cond,
@@ -145,6 +158,7 @@ def integrate(
     denoiser: Parameterization | Denoiser,
     z0: Tensor,
     *,
+    start: Tensor | None = None,
     noise: NoiseSource | None = None,
     memory: str | Memory = "auto",
     cond: Mapping[str, Any] | None = None,
@@ -163,6 +177,7 @@ def integrate(
         program: what to run; it holds the levels and how the network's output is read.
         denoiser: what the program was recorded with.
         z0: [B, *state] of a floating dtype.
+        start: [B, *state] the first state of a program that reads it; only of such a one.
         noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules: as for
             `sample`.
 
@@ -179,8 +194,8 @@ def integrate(
         >>> import torch, gradsampler as gs
         >>> denoiser, data = lambda x, sigma: 0.5 * x, torch.ones(1, 3)
         >>> up = gs.schedules.karras(50, sigma_min=0.1, sigma_max=10.0).flip(0)
-        >>> inversion = gs.solvers.Heun().program(up, denoiser)
-        >>> noise = gs.integrate(inversion, denoiser, data / up[0]) / up[-1]
+        >>> inversion = gs.solvers.Heun().program(up, denoiser, started=True)
+        >>> noise = gs.integrate(inversion, denoiser, torch.zeros(1, 3), start=data) / up[-1]
         >>> (gs.sample(denoiser, noise, up.flip(0), solver="heun") - data).abs().max() < 1e-3
         tensor(True)
     """
@@ -189,15 +204,27 @@ def integrate(
     if not isinstance(program, Program):
         _checks.fail_type("program", "be recorded by a Solver or a Recorder", program)
     model = parameterize(denoiser, "x0").naming(modules)
-    z0 = _checks.savable(z0)
+    start = arguments.checked_start(start, z0, program)
+    z0, start = _checks.savable(z0), None if start is None else _checks.savable(start)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
     strategy = memories.resolve(memory)
     trajectory = arguments.trajectory(
-        program, model, z0, noise=noise, cond=cond, state_dtype=state_dtype, backend=backend
+        program,
+        model,
+        z0,
+        start=start,
+        noise=noise,
+        cond=cond,
+        state_dtype=state_dtype,
+        backend=backend,
     )
+    source = trajectory.noise
+    energy = Energy(z0) if program.noises and source.of_z0 and source.normal else None
     with Observer(
         program, callback=callback, progress=progress, check_finite=check_finite
     ) as observer:
         x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
+    if energy is not None:
+        energy.judge()
     return x.to(z0.dtype)

@@ -291,6 +291,7 @@ PUBLIC = [
     "Flow",
     "GradientWarning",
     "Guided",
+    "NoiseWarning",
     "NonFiniteError",
     "OptimizeResult",
     "OptimizeStep",

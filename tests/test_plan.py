@@ -92,7 +92,7 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
 )
 def test_peaks_of_eight_steps(case, frozen):
     network = Convolutions().requires_grad_(not frozen)
-    z0, sigmas, denoiser = torch.zeros(SHAPE, requires_grad=True), levels(8), gs.EDM(network)
+    z0, sigmas, denoiser = torch.ones(SHAPE, requires_grad=True), levels(8), gs.EDM(network)
     plan = gs.memory.plan(denoiser, z0, sigmas, budget=BUDGET, **CASES[case])
     hold(plan, [1, 3], denoiser, z0, sigmas, list(network.parameters()), **CASES[case])
 
@@ -101,7 +101,7 @@ def test_peaks_of_eight_steps(case, frozen):
 @pytest.mark.parametrize("case", ["euler", "res_2ab", "leapfrog"])
 def test_peaks_of_many_steps(case):
     network = Convolutions(width=2).requires_grad_(False)
-    z0, sigmas, denoiser = torch.zeros(SHAPE, requires_grad=True), levels(32), gs.EDM(network)
+    z0, sigmas, denoiser = torch.ones(SHAPE, requires_grad=True), levels(32), gs.EDM(network)
     plan = gs.memory.plan(denoiser, z0, sigmas, budget=BUDGET, **CASES[case])
     hold(plan, [5], denoiser, z0, sigmas, **CASES[case])
 

@@ -12,6 +12,7 @@ from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import (
+    START,
     Z0,
     Absorption,
     Descent,
@@ -97,6 +98,7 @@ class Adjoint:
         self._states = states
         self._z0 = z0.detach()
         self._wanted = z0.requires_grad
+        self._start = [] if trajectory.start is None else [trajectory.start]
         self._numbers: list[float] = trajectory.program.coefficients.tolist()
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
@@ -125,7 +127,8 @@ class Adjoint:
     def inputs(self) -> list[Tensor]:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
         trajectory = self._trajectory
-        return [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._leaves.values()]
+        known = [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._start]
+        return [*known, *self._leaves.values()]
 
     def release(self) -> tuple[Tensor, list[Tensor]]:
         """Hands the output and the kept states over: what autograd owns is freed by it."""
@@ -191,7 +194,8 @@ class Adjoint:
 
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
-        known = [*self._trajectory.cond.tensors, *self._trajectory.noise.tensors]
+        trajectory = self._trajectory
+        known = [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._start]
         asked = self._wanted or self._levels or any(x.requires_grad for x in known)
         return asked or bool(self._leaves)
 
@@ -220,7 +224,7 @@ class Adjoint:
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
         )
-        given = {Z0: self._z0, **self._trajectory.constants}
+        given = self._trajectory.given(self._z0)
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
         for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
             if isinstance(instruction, Stage):
@@ -239,6 +243,7 @@ class Adjoint:
             for slot in dead:
                 cot.pop(slot, None)
         gradients.add_z0(cot.get(Z0))
+        gradients.tensor(len(self._cond) + len(self._trajectory.noise.tensors), cot.get(START))
         return gradients
 
     def _pull(
@@ -262,7 +267,8 @@ class Adjoint:
         ]
         if not pairs:
             return
-        inner = [*self._cond, *self._trajectory.noise.tensors, *self._leaves.values()]
+        given = [*self._trajectory.noise.tensors, *self._start]
+        inner = [*self._cond, *given, *self._leaves.values()]
         skipped = range(len(self._cond), len(inner) - len(self._leaves))
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []

@@ -29,6 +29,7 @@ from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization, parameterize
 
 __all__ = [
+    "START",
     "Z0",
     "Absorption",
     "Affine",
@@ -48,12 +49,15 @@ __all__ = [
 class Slot(NamedTuple):
     """A tensor of the run; in the transposed program, its cotangent."""
 
-    kind: str  # "z0" | "x" state | "d" model output | "c" constant | "g" the model's cotangent
+    # "z0" | "start" a given first state | "x" state | "d" model output | "c" constant | "g" the
+    # model's cotangent
+    kind: str
     call: int = 0  # the evaluation that reads the state or writes the output
     branch: int = 0  # the network call within that evaluation
 
 
 Z0 = Slot("z0")
+START = Slot("start")
 Key = TypeVar("Key", Slot, Injected)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
 
@@ -228,6 +232,8 @@ def transpose(program: Program) -> Program:
                 backward.append(Stage(slot, readers.get(slot, ()) + returned.get(slot, ())))
             backward += [Absorption(slot, injection) for injection in instruction.injections[::-1]]
     backward.append(Stage(Z0, readers.get(Z0, ())))
+    if START in readers:
+        backward.append(Stage(START, readers[START]))
     # What is given beside z0 has no cotangent of interest; its coefficients have.
     backward += [Stage(slot, terms) for slot, terms in readers.items() if slot.kind == "c"]
     return Program(tuple(backward), program.coefficients, program.num_steps, Z0)
@@ -349,6 +355,10 @@ class Recorder:
     def z0(self) -> Affine:
         """The initial noise."""
         return Affine({Z0: 1.0})
+
+    def start(self) -> Affine:
+        """A state that the run is given, in place of one made of z0."""
+        return Affine({START: 1.0})
 
     def noise(self) -> Affine:
         """Noise of the current step: a new draw at each call, independent of the others.

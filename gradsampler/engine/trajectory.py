@@ -14,6 +14,7 @@ from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import (
+    START,
     Z0,
     Evaluation,
     Injection,
@@ -58,6 +59,12 @@ class Trajectory:
     model_dtype: torch.dtype  # of the model's input
     observer: Observer
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
+    start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
+
+    def given(self, z0: Tensor) -> dict[Slot, Tensor]:
+        """What is there before the first instruction."""
+        start = {} if self.start is None else {START: self.start}
+        return {Z0: z0, **start, **self.constants}
 
     def forward(self, z0: Tensor, numbers: Numbers, evaluate: Evaluate) -> Tensor:
         """Executes the instructions, and frees each slot after its last use.
@@ -68,7 +75,7 @@ class Trajectory:
             evaluate: from an evaluation, its state, and the model's input where that is at hand,
                 to the model's outputs.
         """
-        slots = {Z0: z0, **self.constants}
+        slots = self.given(z0)
         self.execute(slots, 0, len(self.program.instructions), z0, numbers, evaluate)
         self.observer.finished()
         return slots[self.program.output]

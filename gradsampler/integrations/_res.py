@@ -77,6 +77,10 @@ class Drawn(NoiseSource):
         self._amounts = amounts
         self._before: dict[int, RandomState] = {}
 
+    @property
+    def of_z0(self) -> bool:
+        return False
+
     @torch.no_grad()
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         now = RandomState(z0.device)

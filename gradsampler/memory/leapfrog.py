@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from gradsampler import _checks
-from gradsampler.engine.program import Z0, Evaluation, Program, Slot, Stage, Terms
+from gradsampler.engine.program import START, Z0, Evaluation, Program, Slot, Stage, Terms
 
 _MARGIN = 2  # bits between the expected range and the end of the integers' range
 _LEAST = 16  # bits below one with which the rounding is not seen in a sample
@@ -76,7 +76,7 @@ class Leapfrog:
         ratios: list[float] = []
         for j, stage in enumerate(stages):
             before = Slot("x", j - 2)
-            latest = _latest(evaluations[j - 1]) if j else {Z0}
+            latest = _latest(evaluations[j - 1]) if j else {Z0, START}
             ratio = next((numbers[c] for slot, c in stage.terms if slot == before), 0.0)
             terms = tuple(term for term in stage.terms if term[0] != before)
             if any(slot not in latest for slot, _ in terms):

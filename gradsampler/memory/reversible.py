@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
-from gradsampler.engine.program import Z0, Evaluation, Slot
+from gradsampler.engine.program import Evaluation, Slot
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory.base import Memory
@@ -81,10 +81,19 @@ class Reversible(Memory):
                 "take solver='midpoint_reversible', with eta of at most 1 and no final_denoise at "
                 "level 0, or memory='checkpoint'",
             )
-        reach = z0.detach().abs().max().item() if z0.numel() else 0.0
+        reach = _largest(z0)
+        if trajectory.start is not None:
+            first = trajectory.program.evaluations[0].sigma
+            level = trajectory.program.coefficients[first].item()
+            start = _largest(trajectory.start)
+            reach = max(reach, start / level if level < torch.inf else start)
         reach = max(reach, 8.0) if reach < torch.inf else 8.0
         unit = scheme.format(trajectory.program, self.amplitude, reach, trajectory.state_dtype)
         return Pair(trajectory, scheme, unit)
+
+
+def _largest(x: Tensor) -> float:
+    return x.detach().abs().max().item() if x.numel() else 0.0
 
 
 def _plain(trajectory: Trajectory) -> Evaluate:
@@ -116,7 +125,7 @@ class Pair:
         self._older = torch.zeros_like(z0, dtype=self.unit.dtype)
         self._newer, self._newest = torch.zeros_like(self._older), -1
         self._overflow = torch.zeros(1, dtype=torch.int32, device=z0.device)
-        slots = {Z0: z0}
+        slots = trajectory.given(z0)
         for evaluation in self._evaluations:
             x, scaled = self._advance(slots, z0)
             slots.clear()  # before the model needs the room
@@ -152,7 +161,7 @@ class Pair:
 
         Both states count: steps map pairs one to one, so a pair that was off stays off.
         """
-        self._leap(0, self._newer, {Z0: z0}, z0, sign=-1)
+        self._leap(0, self._newer, self._trajectory.given(z0), z0, sign=-1)
         return not bool((self._newer | self._older).any())
 
     def free(self) -> None:

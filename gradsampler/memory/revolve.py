@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
-from gradsampler.engine.program import Z0, Evaluation, Program, Slot
+from gradsampler.engine.program import Evaluation, Program, Slot
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory import multistage
 from gradsampler.memory.base import Memory
@@ -138,7 +138,7 @@ class _Revolving(Adjoint):
 
     def _sweep(self, trajectory: Trajectory, evaluate: Evaluate) -> None:
         """Starts a schedule and follows it to the last evaluation."""
-        self._work = {Z0: self._z0, **trajectory.constants}
+        self._work = trajectory.given(self._z0)
         trajectory.execute(self._work, 0, self._starts[0], self._z0, self._numbers, evaluate)
         memory, count = self._memory, len(self._evaluations)
         self._place = memory.place(self._trajectory.program, self._z0.device)
@@ -152,7 +152,7 @@ class _Revolving(Adjoint):
     def _advance(self, action: Advance, trajectory: Trajectory, evaluate: Evaluate) -> None:
         if action.snapshot:
             place = self._place if action.further else None
-            given = {Z0, *trajectory.constants}
+            given = trajectory.given(self._z0).keys()
             self._snapshots[action.start] = Snapshot(self._work, given, place)
         start, stop = self._starts[action.start], self._starts[action.stop]
         trajectory.execute(self._work, start, stop, self._z0, self._numbers, evaluate)

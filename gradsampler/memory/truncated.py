@@ -71,6 +71,13 @@ class Truncated(Memory):
                 "inject no noise; take an exact memory, or noise",
                 stacklevel=6,
             )
+        if trajectory.start is not None and trajectory.start.requires_grad:
+            warnings.warn(
+                "memory=Truncated: start receives no gradient, since the steps that begin with it "
+                "are not among the last ones; take an exact memory",
+                stacklevel=6,
+            )
+        trajectory = replace(trajectory, start=None)
         constants = {names[slot]: x for slot, x in slots.items()}
         return inner.run(replace(trajectory, program=tail, constants=constants), z0)
 
@@ -90,8 +97,8 @@ def _head(trajectory: Trajectory, z0: Tensor, stop: int) -> dict[Slot, Tensor]:
         return [output.detach() for output in outputs]
 
     with torch.no_grad():
-        slots = {Z0: z0.detach()}
-        trajectory.execute(slots, 0, stop, slots[Z0], numbers, evaluate)
+        slots = {slot: x.detach() for slot, x in trajectory.given(z0).items()}
+        trajectory.execute(slots, 0, stop, z0.detach(), numbers, evaluate)
     return slots
 
 

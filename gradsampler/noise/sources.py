@@ -53,6 +53,11 @@ class NoiseSource(ABC):
         return False
 
     @property
+    def normal(self) -> bool:
+        """Whether the noise is standard normal where z0 is, as a right sample needs it."""
+        return True
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors of the caller that the noise is made of and that its gradient reaches."""
         return ()
@@ -170,6 +175,10 @@ class SinCos(NoiseSource):
     @property
     def needs_length(self) -> bool:
         return self.scale_gain != 0
+
+    @property
+    def normal(self) -> bool:
+        return False
 
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)
@@ -337,6 +346,10 @@ class Mixture(NoiseSource):
     @property
     def needs_length(self) -> bool:
         return self.other.needs_length
+
+    @property
+    def normal(self) -> bool:
+        return self.other.normal
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -88,6 +88,7 @@ class Solver(ABC):
         prediction: str = "x0",
         churn: Churn | None = None,
         final_denoise: bool = False,
+        started: bool = False,
     ) -> Program:
         """The program of a whole run from ``sigmas[0] * z0``.
 
@@ -100,15 +101,17 @@ class Solver(ABC):
             prediction: what a plain callable predicts, "x0" | "epsilon" | "v" | "flow".
             churn: raises the level before each step.
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
+            started: begins with a given state at ``sigmas[0]`` instead, the ``start`` of the run.
         """
         levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
         run = Recorder(parameterize(denoiser, prediction).on(sigmas), len(levels) - 1)
         if math.isinf(as_float(levels[0])):
-            noise, denoised = run.denoise(run.z0(), levels[0])
+            first = run.start() if started else run.z0()
+            noise, denoised = run.denoise(first, levels[0])
             run.predictions.clear()  # no method interpolates from infinity
             run.step, levels, x = 1, levels[1:], denoised + levels[1] * noise
         else:
-            x = levels[0] * run.z0()
+            x = run.start() if started else levels[0] * run.z0()
         x = self.steps(run, x, levels, churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps

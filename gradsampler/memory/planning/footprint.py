@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradsampler.engine import graph
 from gradsampler.engine.adjoint import Adjoint, Call
-from gradsampler.engine.program import Z0, Evaluation
+from gradsampler.engine.program import Evaluation
 from gradsampler.engine.randomness import RandomState
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
@@ -76,10 +76,11 @@ class _Probe(Adjoint):
     def _run(self) -> Tensor:
         trajectory, evaluation = self._trajectory, self._trajectory.program.evaluations[0]
         start = trajectory.program.instructions.index(evaluation)
-        slots = {Z0: self._z0, **trajectory.constants}
+        slots = trajectory.given(self._z0)
         trajectory.execute(slots, 0, start, self._z0, self._numbers, _never)
         x = slots[evaluation.state]
-        known = [self._z0, *trajectory.constants.values(), *self._cond, *trajectory.buffers()]
+        given = trajectory.given(self._z0).values()
+        known = [*given, *self._cond, *trajectory.buffers()]
         counter = gauge(x.device)
         with counter:
             torch.zeros((), device=x.device)  # torch imports now what the first use of a mode needs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsampler import _checks, arguments
 from gradsampler.arguments import Denoiser
@@ -102,10 +102,12 @@ def plan(
     churn: Churn | None = None,
     eta: Coefficient | None = None,
     s_noise: Coefficient = 1.0,
+    start: Tensor | None = None,
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
+    modules: Sequence[nn.Module] = (),
 ) -> Plan:
     """Predicts what each memory strategy takes for a run and its backward.
 
@@ -115,8 +117,9 @@ def plan(
     a compilation), make one before, or the times are off; the bytes are not.
 
     Args:
-        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise, final_denoise, cond,
-            state_dtype, backend: as for `gradsampler.sample`. A gradient to z0 is planned for.
+        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise, start, final_denoise,
+            cond, state_dtype, backend, modules: as for `gradsampler.sample`. A gradient to z0 is
+            planned for.
         budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
             the device of z0.
 
@@ -149,15 +152,23 @@ def plan(
         eta=eta,
         s_noise=s_noise,
         final_denoise=final_denoise,
+        started=start is not None,
     )
     trajectory = arguments.trajectory(
-        program, model, z0, noise=noise, cond=cond, state_dtype=state_dtype, backend=backend
+        program,
+        model.naming(modules),
+        z0,
+        start=arguments.checked_start(start, z0, program),
+        noise=noise,
+        cond=cond,
+        state_dtype=state_dtype,
+        backend=backend,
     )
     room = capacity.free(z0.device) if room is None else room
     if room is None:
         _checks.fail("budget", "be given where the free memory is not known", budget)
-    start = z0.to(trajectory.state_dtype)
-    integers = Reversible().integers(trajectory, start)
-    call = footprint.measured(trajectory, start.requires_grad_())
+    z = z0.to(trajectory.state_dtype)
+    integers = Reversible().integers(trajectory, z)
+    call = footprint.measured(trajectory, z.requires_grad_())
     predictor = Predictor(program, call, z0.dtype != trajectory.state_dtype, room, integers)
     return Plan(tuple(predictor.rows(away=z0.device.type != "cpu")), room, predictor)
