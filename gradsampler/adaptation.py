@@ -25,6 +25,7 @@ def adapted(
     z0: Tensor,
     sigmas: Tensor | Sequence[float],
     *,
+    start: Tensor | None = None,
     prediction: str = "x0",
     noise: NoiseSource | None = None,
     churn: Churn | None = None,
@@ -52,13 +53,17 @@ def adapted(
     values: list[float] = levels.tolist()
     if math.isinf(values[0]):
         _checks.fail("sigmas[0]", f"be finite with {name}", "infinity")
-    x = z0.detach().to(state_dtype or torch.promote_types(z0.dtype, torch.float32))
+    if start is not None:
+        _checks.shape("start", _checks.floating("start", start), z0.shape)
+    dtype = state_dtype or torch.promote_types(z0.dtype, torch.float32)
+    x = z0.detach().to(dtype)
+    first = values[0] * x if start is None else start.detach().to(dtype)
     ends = 2 if values[-1] == 0 else 1
     if len(values) == ends:
         return levels
     before = RandomState(z0.device)
     try:
-        trials = solver.tried(Live(model, x, source, cond), values[0] * x, values)
+        trials = solver.tried(Live(model, x, source, cond), first, values)
     finally:
         before.restore()
     inner = levels.new_tensor([trial.t for trial in trials if trial.accepted][:-1])

@@ -119,6 +119,7 @@ def sample(
             denoiser,
             z0,
             sigmas,
+            start=start,
             prediction=prediction,
             noise=noise,
             churn=churn,

@@ -210,3 +210,25 @@ def test_a_denoiser_of_another_shape_is_refused():
 def test_one_positive_level_is_one_step_to_zero():
     x = gs.sample(MIXTURE.denoise, Z0, [8.0, 0.0], solver="dpm_adaptive")
     torch.testing.assert_close(x, MIXTURE.denoise(8.0 * Z0, 8.0))
+
+
+def test_levels_are_chosen_from_the_state_that_is_given():
+    """From elsewhere other levels; from sigmas[0] z0, given as a state, those of no start."""
+    levels, solver = [20.0, 0.05], DPMAdaptive()
+    usual = adapted(solver, MIXTURE.denoise, Z0, levels)
+    assert torch.equal(adapted(solver, MIXTURE.denoise, Z0, levels, start=20.0 * Z0), usual)
+    start = 3.0 * normal(*Z0.shape, seed=8)
+    chosen = adapted(solver, MIXTURE.denoise, Z0, levels, start=start)
+    assert chosen.tolist() == adapted(solver, MIXTURE.denoise, start / 20.0, levels).tolist()
+    assert chosen.tolist() != usual.tolist()
+    x = gs.sample(MIXTURE.denoise, Z0, levels, solver=solver, start=start)
+    expected = gs.sample(MIXTURE.denoise, start / 20.0, levels, solver=solver)
+    torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_start_of_another_shape_is_refused_before_any_call():
+    def never(x, sigma):
+        raise AssertionError("called")
+
+    with pytest.raises(ValueError, match="start must have shape"):
+        gs.sample(never, Z0, [20.0, 0.05], solver=DPMAdaptive(), start=Z0[:1])

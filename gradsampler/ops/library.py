@@ -7,7 +7,6 @@ is itself differentiated falls back to plain torch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +87,7 @@ def _step(
     numbers: list[float],
     out_dtype: torch.dtype,
     backend: str,
+    out: Tensor | None = None,
 ) -> Tensor:
     result: Tensor = _backend(backend, terms[0]).step_fwd(
         terms,
@@ -95,33 +95,16 @@ def _step(
         z0,
         _raised(words, numbers, given),
         noise_number if noise_coef is None else noise_coef,
+        out=out,
         out_dtype=out_dtype,
     )
     return result.contiguous()
 
 
-def _step_out(
-    terms: list[Tensor],
-    factors: list[float],
-    coefs: Tensor | None,
-    z0: Tensor | None,
-    given: Tensor | None,
-    noise_number: float,
-    noise_coef: Tensor | None,
-    words: list[int],
-    numbers: list[float],
-    out: Tensor,
-    backend: str,
-) -> None:
-    _backend(backend, terms[0]).step_fwd(
-        terms,
-        factors if coefs is None else coefs,
-        z0,
-        _raised(words, numbers, given),
-        noise_number if noise_coef is None else noise_coef,
-        out=out,
-        out_dtype=out.dtype,
-    )
+def _step_out(*arguments: Any) -> None:
+    *step, out, backend = arguments
+    run: Callable[..., Tensor] = _step
+    run(*step, out.dtype, backend, out)
 
 
 def _step_out_fake(*arguments: Any) -> None:
@@ -494,36 +477,3 @@ flow_pair_backward = _register(
 torch.library.register_autograd(
     "gradsampler::flow_pair", _flow_pair_autograd, setup_context=_flow_pair_setup, lib=_LIBRARY
 )
-
-
-def differentiable(backend: backends.Backend) -> backends.Backend:
-    """The backend with a step that autograd records; plain torch is recorded as it is."""
-    if backend is backends.REFERENCE:
-        return backend
-
-    def step_fwd(
-        terms: Sequence[Tensor],
-        coefs: Sequence[float | Tensor],
-        z0: Tensor | None = None,
-        draw: Draw | None = None,
-        noise_coef: float | Tensor = 0.0,
-        *,
-        out_dtype: torch.dtype,
-        **_: Any,
-    ) -> Tensor:
-        words, numbers, given = lowered(draw)
-        tensor = None
-        if any(isinstance(c, Tensor) for c in coefs):
-            device = terms[0].device
-            each = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in coefs]
-            tensor = torch.stack(each)
-        factors = [] if tensor is not None else [float(c) for c in coefs]
-        amount = noise_coef if isinstance(noise_coef, Tensor) else None
-        number = 0.0 if isinstance(noise_coef, Tensor) else noise_coef
-        result: Tensor = step(
-            list(terms), factors, tensor, z0, given, number, amount, words, numbers, out_dtype,
-            backend.name,
-        )  # fmt: skip
-        return result
-
-    return replace(backend, step_fwd=step_fwd)

@@ -82,7 +82,6 @@ def differentiable(backend: backends.Backend) -> backends.Backend:
     """
     if backend is backends.REFERENCE or transformed():
         return backends.REFERENCE
-    recorded = library.differentiable(backend)
 
     def step_fwd(
         terms: Sequence[Tensor],
@@ -95,15 +94,38 @@ def differentiable(backend: backends.Backend) -> backends.Backend:
         **_: Any,
     ) -> Tensor:
         if isinstance(noise_coef, Tensor) or any(isinstance(c, Tensor) for c in coefs):
-            result: Tensor = recorded.step_fwd(
-                terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype
-            )
-            return result
+            return _learned(backend, terms, coefs, z0, draw, noise_coef, out_dtype)
         reads_z0 = draw is not None and draw.kind not in (OFF, GIVEN)
         given = None if draw is None else draw.given
-        result = Step.apply(
+        result: Tensor = Step.apply(
             backend, coefs, draw, noise_coef, out_dtype, z0 if reads_z0 else None, given, *terms
         )
         return result
 
     return replace(backend, step_fwd=step_fwd)
+
+
+def _learned(
+    backend: backends.Backend,
+    terms: Sequence[Tensor],
+    coefs: Sequence[float | Tensor],
+    z0: Tensor | None,
+    draw: Draw | None,
+    noise_coef: float | Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The step whose numbers have gradients too, by the registered op."""
+    words, numbers, given = library.lowered(draw)
+    tensor = None
+    if any(isinstance(c, Tensor) for c in coefs):
+        device = terms[0].device
+        each = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in coefs]
+        tensor = torch.stack(each)
+    factors = [] if tensor is not None else [float(c) for c in coefs]
+    amount = noise_coef if isinstance(noise_coef, Tensor) else None
+    number = 0.0 if isinstance(noise_coef, Tensor) else noise_coef
+    result: Tensor = library.step(
+        list(terms), factors, tensor, z0, given, number, amount, words, numbers, out_dtype,
+        backend.name,
+    )  # fmt: skip
+    return result

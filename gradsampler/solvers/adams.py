@@ -34,7 +34,7 @@ class LMS(Solver):
         check_order("lms", self.order)
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return self.order
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
@@ -62,7 +62,7 @@ class IPNDM(Solver):
         check_order("ipndm", self.order)
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return min(self.order, 2)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
@@ -93,7 +93,7 @@ class IPNDMv(Solver):
         check_order("ipndm_v", self.order)
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return min(self.order, 2)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

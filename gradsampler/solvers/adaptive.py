@@ -113,11 +113,11 @@ class DPMAdaptive(Adaptive):
         check_amounts(self, "dpm_adaptive", "eta", "s_noise")
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return self.order
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         return bool(self.eta > 0)
 
     def steps(

@@ -2,7 +2,7 @@
 """Ancestral sampling: a deterministic step to a lower level, then noise back up."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from gradsampler.coordinates import FlowTime
 from gradsampler.elementary import Coefficient, sqrt, square
@@ -76,7 +76,7 @@ class EulerAncestral(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 1
     weak_order = 1
@@ -102,7 +102,7 @@ class DPM2Ancestral(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 1
@@ -131,7 +131,7 @@ class DPMpp2SAncestral(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 1

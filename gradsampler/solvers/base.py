@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -60,11 +59,33 @@ class Solver(ABC):
     the paper states it, and what comes out is the table of coefficients.
     """
 
-    stochastic: ClassVar[bool] = False  # injects noise of its own
-    flow: ClassVar[bool] = False  # also defined in flow time
-    monotone: ClassVar[bool] = True  # needs levels that decrease strictly
-    ode_order: ClassVar[int | None] = None  # of convergence to the ODE, with eta = 0
-    weak_order: ClassVar[int | None] = None  # of the moments' convergence to those of the SDE
+    # What a method says of itself: ``flow = True`` in its class, or a property where that depends
+    # on its numbers.
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step injects noise of its own."""
+        return False
+
+    @property
+    def flow(self) -> bool:
+        """Whether the method is also defined in flow time."""
+        return False
+
+    @property
+    def monotone(self) -> bool:
+        """Whether the levels must decrease strictly."""
+        return True
+
+    @property
+    def ode_order(self) -> int | None:
+        """The order of convergence to the ODE, with eta = 0."""
+        return None
+
+    @property
+    def weak_order(self) -> int | None:
+        """The order in which the moments converge to those of the SDE."""
+        return None
 
     @abstractmethod
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

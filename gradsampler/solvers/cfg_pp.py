@@ -7,7 +7,6 @@ plus alpha(s) * (D - U). Without guidance U is D, and each is the method without
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient
@@ -49,7 +48,7 @@ class EulerCFGpp(Solver):
         check_amounts(self, "euler_cfg_pp", "eta", "s_noise")
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         return bool(self.eta > 0)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
@@ -89,7 +88,7 @@ class DPMpp2SAncestralCFGpp(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 1
@@ -128,7 +127,7 @@ class ResMultistepCFGpp(Solver):
         check_amounts(self, "res_multistep_cfg_pp", "eta", "s_noise")
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         return bool(self.eta > 0)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

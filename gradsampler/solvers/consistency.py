@@ -2,7 +2,6 @@
 """Multistep sampling from a consistency model."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, sqrt, square
@@ -25,7 +24,7 @@ class Consistency(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     sigma_min: float = 0.0
     s_noise: Coefficient = 1.0
 
@@ -34,7 +33,7 @@ class Consistency(Solver):
         check_amounts(self, "lcm", "s_noise")
 
     @property
-    def flow(self) -> bool:  # type: ignore[override]
+    def flow(self) -> bool:
         return self.sigma_min == 0
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, exp, expm1, sqrt
@@ -90,7 +90,7 @@ class UniPC(Sweep):
         _checks.choice("uni_pc: variant", self.variant, ("bh1", "bh2"))
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return min(self.order + 1, 2) if self.lower_order_final else self.order + 1
 
     def weights(self, nodes: list[Coefficient], z: Coefficient) -> list[Coefficient]:
@@ -136,7 +136,7 @@ class SASolver(Sweep):
         simple_order_2: simplified weights of two points (appendix D), as diffusers has them.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     eta: Coefficient = 1.0
     s_noise: Coefficient = 1.0
@@ -157,11 +157,11 @@ class SASolver(Sweep):
             _checks.fail("sa_solver: corrector_order", "be at most 4", self.corrector_order)
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return max(self.predictor_order, min(self.corrector_order, self.predictor_order + 1))
 
     @property
-    def weak_order(self) -> int:  # type: ignore[override]
+    def weak_order(self) -> int:
         return min(self.ode_order, 2)
 
     def weights(self, nodes: list[Coefficient], z: Coefficient) -> list[Coefficient]:

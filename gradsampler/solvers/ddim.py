@@ -6,7 +6,6 @@ target level they hold in all: only the ratio of the two levels' sigma/alpha is 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, as_float, sqrt, square
@@ -24,7 +23,7 @@ class DDIM(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 1
     weak_order = 1
@@ -50,7 +49,7 @@ class DDPM(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     weak_order = 1
     variance: str = "fixed_small"
     s_noise: Coefficient = 1.0
@@ -60,7 +59,7 @@ class DDPM(Solver):
         check_amounts(self, "ddpm", "s_noise")
 
     @property
-    def flow(self) -> bool:  # type: ignore[override]
+    def flow(self) -> bool:
         return self.variance == "fixed_small"  # beta is that of VP coordinates
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

@@ -46,7 +46,7 @@ class DEIS(Solver):
         _checks.choice("deis: variable", self.variable, ("time", "rho", "log_rho"))
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return min(self.order, 3)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

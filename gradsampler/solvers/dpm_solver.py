@@ -91,7 +91,7 @@ class DPMFast(Sweep):
         check_amounts(self, "dpm_fast", "eta", "s_noise")
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         return bool(self.eta > 0)
 
     def orders(self, num_steps: int) -> list[int]:

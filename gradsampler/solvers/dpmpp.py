@@ -2,7 +2,6 @@
 """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep, ODE and SDE, as in k-diffusion."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, sqrt
@@ -46,7 +45,7 @@ class DPMpp2MSDE(Solver):
         variant: "midpoint" or "heun", k-diffusion's solver_type.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 2
@@ -86,7 +85,7 @@ class DPMpp3MSDE(Solver):
         s_noise: factor of the injected noise.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 2
@@ -129,7 +128,7 @@ class DPMppSDE(Solver):
             as with k-diffusion's Brownian tree; only so is the method of second order.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 1

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, exp, log, sqrt, square
@@ -33,7 +32,7 @@ class ERSDE(Solver):
             rise faster than rho, and to take floats and 0-d tensors.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     order: int = 3
     s_noise: Coefficient = 1.0
@@ -46,11 +45,11 @@ class ERSDE(Solver):
             _checks.fail_type("er_sde: phi", "be callable as phi(rho)", self.phi)
 
     @property
-    def ode_order(self) -> int:  # type: ignore[override]
+    def ode_order(self) -> int:
         return min(self.order, 2)
 
     @property
-    def weak_order(self) -> int:  # type: ignore[override]
+    def weak_order(self) -> int:
         return self.ode_order
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

@@ -131,7 +131,7 @@ class ResMultistep(Solver):
         check_amounts(self, "res_multistep", "eta", "s_noise")
 
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         return bool(self.eta > 0)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:

@@ -41,11 +41,11 @@ class MidpointReversible(Sweep):
 
     # Both follow from eta here, where other solvers have a constant of the class.
     @property
-    def stochastic(self) -> bool:  # type: ignore[override]
+    def stochastic(self) -> bool:
         return bool(self.eta > 0)
 
     @property
-    def flow(self) -> bool:  # type: ignore[override]
+    def flow(self) -> bool:
         return bool(self.eta == 0)  # ancestral noise is that of VE coordinates
 
     def steps(

@@ -6,7 +6,6 @@ from a state that is noise alone, is the first-order step.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, exp, expm1, sqrt
@@ -68,7 +67,7 @@ class Seeds2(Solver):
         r: where in the step the second evaluation is.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 2
     weak_order = 2
@@ -101,7 +100,7 @@ class Seeds3(Solver):
         r_1, r_2: where in the step the second and the third evaluation are.
     """
 
-    stochastic: ClassVar[bool] = True
+    stochastic = True
     flow = True
     ode_order = 3
     weak_order = 2
