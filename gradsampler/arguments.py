@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, solvers
+from gradsampler import _checks, solvers, transforms
 from gradsampler.elementary import Coefficient
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
@@ -55,7 +55,7 @@ def record(
         )
 
     maps, described = by_value(model), programs.described(method)
-    if levels.requires_grad or maps is None or described is None:
+    if transforms.followed(levels) or maps is None or described is None:
         return recorded(), model
     key = (described, maps, tuple(levels.tolist()), churn, final_denoise, started)
     return _PROGRAMS.get(key, recorded), model

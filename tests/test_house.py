@@ -46,6 +46,7 @@ FLOORS = [
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
+    "transforms",
     "contract _checks _uncompiled _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
@@ -365,6 +366,7 @@ class Connection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
         """Cotangents of z0, the coefficients and the inputs."""
+        transforms.refuse("memory", "another strategy", lam)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a run that keeps no activations must be differentiated once, got "

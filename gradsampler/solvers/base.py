@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.program import Affine, Program, Recorder
 from gradsampler.parameterization import Parameterization, parameterize
@@ -124,7 +124,8 @@ class Solver(ABC):
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
             started: begins with a given state at ``sigmas[0]`` instead, the ``start`` of the run.
         """
-        levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
+        followed = transforms.followed(sigmas)
+        levels: Sequence[Coefficient] = sigmas.unbind() if followed else sigmas.tolist()
         run = Recorder(parameterize(denoiser, prediction).on(sigmas), len(levels) - 1)
         if math.isinf(as_float(levels[0])):
             first = run.start() if started else run.z0()
