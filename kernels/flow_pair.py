@@ -19,8 +19,8 @@ from torch import Tensor
 from gradsampler.contract import FlowPairGrads
 from gradsampler.kernels import launch
 from gradsampler.kernels.launcher import Launcher
-from gradsampler.kernels.noise import BY_FOUR, NONE, number, read, tile, write
-from gradsampler.kernels.philox import normals, normals_of
+from gradsampler.kernels.noise import BY_FOUR, NONE, SHORT, number, read, tile, write
+from gradsampler.kernels.philox import normals, normals_of, short_normals
 
 
 @triton.jit
@@ -31,6 +31,9 @@ def noise_end(
     """x1 of a tile: loaded, or drawn at step 0 and rounded to the dtype of the data."""
     if x1 is not None:
         return read(x1, base + j, mask, COMPUTE)
+    elif NORMAL == SHORT:
+        n = short_normals(base + first, 0, normal_low, normal_high, BLOCK)
+        return n.to(DTYPE).to(COMPUTE)
     elif NORMAL == BY_FOUR:
         n = normals(base + first, 0, normal_low, normal_high, BLOCK, COMPUTE)
         return n.to(DTYPE).to(COMPUTE)
@@ -125,7 +128,7 @@ def flow_pair_fwd(
             flow_pair_fwd_kernel(
                 tiles.programs, x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
                 launch.signed(seed), launch.signed(seed >> 32), x_t, v, tiles.size, tiles.count,
-                NORMAL=launch.normals_kind(x1 is None, tiles.size, True), MASK=tiles.mask,
+                NORMAL=launch.normals_kind(x1 is None, tiles.size, True, x0.dtype), MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
     return x_t, v
@@ -172,7 +175,7 @@ def flow_pair_bwd(
                 tiles.programs, gx, gv, x0, x1, t.contiguous(),
                 launch.numbers([1.0 - sigma_min], compute), launch.signed(seed),
                 launch.signed(seed >> 32), dx0, dx1, partial, tiles.size, tiles.count,
-                NORMAL=launch.normals_kind(draws, tiles.size, True), MASK=tiles.mask,
+                NORMAL=launch.normals_kind(draws, tiles.size, True, x0.dtype), MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
     dt = None if partial is None else launch.sum_programs(partial, tiles.count)[0]

@@ -150,9 +150,17 @@ def tiling(x: Tensor, per_sample: bool, block: int) -> Tiling:
     return Tiling(size, count, count * samples, mask)
 
 
-def normals_kind(normal: bool, size: int, per_sample: bool) -> int:
-    """Whether tiles start at multiples of 4 elements, so that a Philox block serves 4."""
-    return 0 if not normal else 1 if size % 4 == 0 or not per_sample else 2
+def normals_kind(normal: bool, size: int, per_sample: bool, *dtypes: torch.dtype | None) -> int:
+    """How ``kernels.noise`` draws: 0 not at all, 1 four by a Philox block where tiles start at
+    multiples of 4 elements, 3 likewise where all results, of ``dtypes``, have 16 bits, else 2.
+    """
+    if not normal:
+        return 0
+    if per_sample and size % 4:
+        return 2
+    present = [dtype for dtype in dtypes if dtype is not None]
+    short = WARP == 32 and present and all(dtype.itemsize == 2 for dtype in present)
+    return 3 if short else 1
 
 
 def _dense(x: Tensor) -> bool:

@@ -213,7 +213,9 @@ def step_fwd(
                 launch.numbers(clamp or (), compute),
                 launch.numbers(() if model_scale is None else (model_scale,), compute),
                 result, model_in, t.size, t.count, *inject_.words,
-                KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
+                KIND=inject_.kind, NORMAL=launch.normals_kind(
+                    inject_.normal, t.size, per_sample, result.dtype, launch.dtype_of(model_in)
+                ),
                 STRIDE=stride, NOISE_STRIDE=noise_stride, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
