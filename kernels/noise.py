@@ -16,7 +16,7 @@ import triton.language as tl
 
 from gradsampler import contract
 from gradsampler.kernels.philox import normals, normals_of, short_normals, signed
-from gradsampler.kernels.sincos import wave
+from gradsampler.kernels.sincos import wave, wave_short
 
 OFF = tl.constexpr(contract.OFF)
 SINCOS = tl.constexpr(contract.SINCOS)
@@ -112,8 +112,11 @@ def inject(
         linear = s * number(numbers[1], COMPUTE)
     if KIND == SINCOS:
         z = read(source, base + j, mask, COMPUTE)
-        w = wave(z, number(numbers[3], COMPUTE), number(numbers[4], COMPUTE),
-                 number(numbers[5], COMPUTE), COMPUTE)  # fmt: skip
+        if NORMAL == SHORT:
+            w = wave_short(z, number(numbers[3], COMPUTE), number(numbers[5], COMPUTE))
+        else:
+            w = wave(z, number(numbers[3], COMPUTE), number(numbers[4], COMPUTE),
+                     number(numbers[5], COMPUTE), COMPUTE)  # fmt: skip
         x = x + linear * z
         x = x + (s * number(numbers[2], COMPUTE)) * w
     if KIND == SIGNED_ROLL:

@@ -2,19 +2,21 @@
 # ruff: noqa: SIM300 (constexpr parameters are written in capitals)
 """Philox4x32-10 as device functions; ``gradsampler.noise.philox`` is the definition."""
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from gradsampler import contract
-from gradsampler.kernels.sincos import flip_odd, shifted_integer, sin_pi
+from gradsampler.kernels.sincos import (
+    INTERPRETED,
+    fast_cos,
+    fast_sin,
+    flip_odd,
+    shifted_integer,
+    sin_pi,
+)
 
 NORMALS, SIGNS = tl.constexpr(contract.NORMALS), tl.constexpr(contract.SIGNS)
-
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -24,24 +26,6 @@ def fast_log2(x):
         return tl.log2(x)
     else:
         return libdevice.fast_log2f(x)
-
-
-@triton.jit
-def fast_sin(x):
-    """The hardware's, to 5e-7 for -pi <= x <= pi."""
-    if INTERPRETED:
-        return tl.sin(x)
-    else:
-        return libdevice.fast_sinf(x)
-
-
-@triton.jit
-def fast_cos(x):
-    """As `fast_sin`."""
-    if INTERPRETED:
-        return tl.cos(x)
-    else:
-        return libdevice.fast_cosf(x)
 
 
 @triton.jit
