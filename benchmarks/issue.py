@@ -23,7 +23,7 @@ _UNITS = [
     ("multiply", r"IMAD(?!\.MOV|\.SHL|\.U32)|IDP|UIMAD"),
     ("special", r"MUFU|I2F(?!P)|F2F(?!P)|F2I|I2I|POPC|FLO"),
     ("float", r"FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2|IMAD|FSWZADD"),
-    ("memory", r"LD[GSLC]?(?!C)|ST[GSL]?|ATOM|RED|SHFL"),
+    ("memory", r"(LD|ST)[GSL]?\b|ATOM|RED\b|SHFL"),
     (
         "logic",
         r"LOP3|PLOP3|IADD3?|VIADD|ISETP|FSETP|FSEL|SEL|SHF|SHL|SHR|LEA|PRMT|IMNMX|VIMNMX|FMNMX|"

@@ -75,6 +75,7 @@ class Row:
     issue_share: float | None = None  # of the issue slots while memory delivers; NVIDIA alone
     busiest: str | None = None  # the unit that has the least to spare
     busiest_share: float | None = None
+    triton: str = triton.__version__
 
 
 def _draw(noise: str, dtype: torch.dtype) -> Draw | None:

@@ -141,7 +141,9 @@ def leap(
     )
     assert integers is not None
     normals = launch.normals_kind(inject_.normal, integers, per_sample, compute)
-    block = block or launch.block_size(normals, compute)
+    # Integers of 64 bits beside normals take so many registers that the usual block spills.
+    wide = normals and integers.dtype == torch.int64
+    block = block or launch.block_size(0 if wide else normals, compute)
     t = launch.tiling(integers, per_sample, block)
     state = launch.like(integers, out_dtype) if wants_state else None
     scales = state is not None and model_scale is not None
