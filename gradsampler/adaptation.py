@@ -43,6 +43,8 @@ def adapted(
         _checks.fail("churn", f"be None with {name}, which chooses its levels", churn)
     model = parameterize(denoiser, prediction).naming(modules)
     levels = checked_levels(sigmas, flow=prediction == "flow")
+    if levels.ndim == 2:
+        _checks.fail("sigmas", f"have shape [N+1] with {name}", list(levels.shape))
     source = SignedRoll(seed=0) if noise is None else noise
     if not isinstance(source, NoiseSource):
         _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)

@@ -79,6 +79,14 @@ class Parameterization(ABC):
             "VP with a v or x0 prediction and Flow can start from noise alone",
         )
 
+    def reading(self, prediction: str) -> "Parameterization":
+        """The parameterization with a network that predicts something else than x0."""
+        _checks.fail(
+            "prediction",
+            f"be 'x0' for a denoiser wrapped in {type(self).__name__}, which returns x0",
+            repr(prediction),
+        )
+
     def on(self, sigmas: Tensor) -> "Parameterization":
         """The parameterization on the levels of a run, [N+1] float64; tables are checked here."""
         return self
@@ -365,13 +373,8 @@ def by_value(model: Parameterization) -> Hashable | None:
 def parameterize(denoiser: Parameterization | Network, prediction: str) -> Parameterization:
     """The denoiser as a `Parameterization`; a wrapper says itself how its output is read."""
     if isinstance(denoiser, Parameterization):
-        if prediction != "x0":
-            _checks.fail(
-                "prediction",
-                f"be 'x0' for a denoiser wrapped in {type(denoiser).__name__}, which returns x0",
-                repr(prediction),
-            )
-        return denoiser
+        _checks.choice("prediction", prediction, KINDS)
+        return denoiser if prediction == "x0" else denoiser.reading(prediction)
     if not callable(denoiser):
         _checks.fail_type("denoiser", "be callable as denoiser(x, sigma, **cond)", denoiser)
     return Prediction(denoiser, _checks.choice("prediction", prediction, KINDS))

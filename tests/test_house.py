@@ -43,6 +43,7 @@ FLOORS = [
     "kernels.*",
     "noise.*",
     "guidance",
+    "batching",
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",

@@ -37,11 +37,13 @@ __all__ = [
     "Descent",
     "Evaluation",
     "Injection",
+    "Numbers",
     "Program",
     "Pullback",
     "Recorder",
     "Slot",
     "Stage",
+    "column",
     "fused",
     "transpose",
 ]
@@ -61,6 +63,7 @@ Z0 = Slot("z0")
 START = Slot("start")
 Key = TypeVar("Key", Slot, Injected)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
+Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d or [B]
 
 
 class Injection(NamedTuple):
@@ -157,7 +160,8 @@ class Program:
     """The instructions of a run in order, and the vector of all its numbers."""
 
     instructions: tuple[Instruction, ...]
-    coefficients: Tensor  # [C] float64 on the CPU; carries the gradient to the levels
+    # [C] float64 on the CPU, or [C, B] for levels of each sample; carries the gradient to them
+    coefficients: Tensor
     num_steps: int
     output: Slot
 
@@ -191,8 +195,22 @@ class Program:
 
     @cached_property
     def transposed(self) -> "Program":
-        """The program of the gradient; what lies between two model calls is one instruction."""
-        return fused(transpose(self))
+        """The program of the gradient; what lies between two model calls is one instruction, where
+        the numbers are those of all samples.
+        """
+        return transpose(self) if self.by_sample else fused(transpose(self))
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether each sample has numbers of its own."""
+        return self.coefficients.ndim == 2
+
+    def numbers(self, device: torch.device) -> Numbers:
+        """The coefficients as floats, or by sample as tensors [B] on ``device``."""
+        if not self.by_sample:
+            floats: list[float] = self.coefficients.tolist()
+            return floats
+        return self.coefficients.detach().to(device).unbind()
 
     @cached_property
     def dead(self) -> list[set[Slot]]:
@@ -477,6 +495,13 @@ def _vector(numbers: Sequence[Coefficient]) -> Tensor:
     if not any(isinstance(c, Tensor) for c in numbers):
         return torch.tensor(numbers, dtype=torch.float64)
     return torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in numbers])
+
+
+def column(c: float | Tensor, x: Tensor) -> float | Tensor:
+    """A coefficient so that it multiplies x [B, *state]: one of each sample [B] as a column."""
+    if isinstance(c, Tensor) and c.ndim == 1:
+        return c.to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return c
 
 
 def _absent(c: Coefficient) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gradsampler import transforms
 from gradsampler.engine import graph
-from gradsampler.engine.program import Evaluation
-from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
+from gradsampler.engine.program import Evaluation, Numbers
+from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.ops.recorded import differentiable
 
@@ -31,7 +31,8 @@ class Store(Memory):
         coefficients = trajectory.program.coefficients
         learned = coefficients.requires_grad and torch.is_grad_enabled()
         learned = learned or (transforms.active() and transforms.followed(coefficients))
-        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
+        fixed = trajectory.program.numbers(z0.device)
+        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else fixed
         warned = False
         cond = [_summed_wide(x) for x in trajectory.cond.tensors]
 
