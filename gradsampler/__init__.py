@@ -3,6 +3,7 @@
 
 from gradsampler import memory, noise, ops, schedules, solvers
 from gradsampler._version import __version__
+from gradsampler.decoding.decode import decode
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
@@ -27,6 +28,7 @@ __all__ = [
     "StepInfo",
     "__version__",
     "backends",
+    "decode",
     "memory",
     "noise",
     "ops",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradsampler.engine.replay import RandomState
 from gradsampler.integrations.diffusers import parts
 from gradsampler.integrations.diffusers.loop import Head, Loop, Names
-from gradsampler.integrations.diffusers.session import Session
+from gradsampler.integrations.diffusers.session import Outputs, Session
 
 __all__ = [
     "Draw",
@@ -187,14 +187,6 @@ def same(x: object, y: Tensor) -> bool:
     )
 
 
-class _Outputs(tuple[Tensor]):
-    """A model's output, read by position or by name."""
-
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
-
-
 class _Mock:
     """Returns random numbers of the shape of a model's output.
 
@@ -217,7 +209,7 @@ class _Mock:
             if theirs not in (None, ours) and x.ndim > 3 and shape[1] == ours:
                 shape[1] = theirs
             noise = torch.randn(shape, generator=self._generator, dtype=torch.float32)
-            return _Outputs((noise.to(x.device, x.dtype),))
+            return Outputs((noise.to(x.device, x.dtype),))
         if id(module) not in self._known:
             self._known[id(module)] = module(*args, **kwargs)
         return self._known[id(module)]

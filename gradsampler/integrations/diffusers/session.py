@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
-from gradsampler.integrations.diffusers import parts
+from gradsampler.engine.substitution import stand_in, subclass
+from gradsampler.integrations.diffusers import decoding, parts
 from gradsampler.integrations.diffusers.glue import Glue, Lifted
 from gradsampler.integrations.diffusers.loop import own_call
 
-__all__ = ["Bar", "Session", "lifted"]
+__all__ = ["Bar", "Outputs", "Session", "lifted"]
 
 Model = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Outputs(tuple[Tensor]):
+    """What a model returns, read by position or by name."""
+
+    @property
+    def sample(self) -> Tensor:
+        """The first output."""
+        return self[0]
 
 
 class Bar:
@@ -56,6 +66,7 @@ class Session:
         pipe: the user's pipeline, which stays as it is.
         arguments: of the call.
         levels: what ``scheduler.sigmas`` is to hold once the timesteps are set.
+        decode: what the autoencoder keeps where images are asked for, one of `decoding.MEMORIES`.
     """
 
     def __init__(
@@ -63,6 +74,7 @@ class Session:
         pipe: Any,
         arguments: Mapping[str, Any],
         levels: Tensor | None = None,
+        decode: str = "auto",
     ) -> None:
         self.call = own_call(pipe)
         self.glue = Glue()
@@ -71,6 +83,7 @@ class Session:
         self.step: Callable[..., Any] | None = None
         self.last: Any = None  # what the scheduler's last step returned
         self._given, self._levels, self._original = arguments, levels, pipe
+        self._decode = _checks.choice("decode", decode, decoding.MEMORIES)
         self.arguments, self._start = self._adapted(arguments)
         self.pipe = copy.copy(pipe)
         self._swapped = {
@@ -103,9 +116,11 @@ class Session:
 
     def _twin(self, name: str, part: Any) -> Any:
         if isinstance(part, nn.Module):
+            if name == "vae" and hasattr(part, "decode"):
+                return self._autoencoder(part)
             homes = {each.__module__.split(".")[0] for each in type(part).__mro__}
             foreign = "transformers" in homes
-            return parts.stand_in(part, self._aside if foreign else self._called)
+            return stand_in(part, self._aside if foreign else self._called)
         if hasattr(part, "step") and hasattr(part, "set_timesteps"):
             hooks = {"step": self._stepped, "set_timesteps": self._set}
             return parts.overridden(parts.copied(part), hooks)
@@ -113,12 +128,25 @@ class Session:
 
     def anew(self) -> "Session":
         """Another session of the same call."""
-        return Session(self._original, self._given, self._levels)
+        return Session(self._original, self._given, self._levels, self._decode)
 
     @property
     def name(self) -> str:
         """The class of the pipeline."""
         return type(self._original).__name__
+
+    def _autoencoder(self, vae: nn.Module) -> nn.Module:
+        """The autoencoder with a decoder in bounded memory."""
+
+        def decode(_: nn.Module, latents: Tensor, *args: Any, **kwargs: Any) -> Outputs:
+            with self.glue.paused():
+                return Outputs(
+                    (decoding.decode(vae, latents, *args, memory=self._decode, **kwargs),)
+                )
+
+        twin: nn.Module = object.__new__(subclass(type(vae), {"decode": decode}))
+        object.__setattr__(twin, "__dict__", vae.__dict__)
+        return twin
 
     @property
     def scheduler(self) -> Any:

@@ -103,6 +103,7 @@ class Pipeline:
         *args: Any,
         noise: NoiseSource | None = None,
         levels: Tensor | None = None,
+        decode: str = "auto",
         **kwargs: Any,
     ) -> Any:
         """Runs the pipeline.
@@ -113,6 +114,7 @@ class Pipeline:
                 of the noise that they begin with.
             noise: a `gradsampler.noise` object in the place of what the scheduler draws.
             levels: [N+1] in the place of ``scheduler.sigmas``; may require grad.
+            decode: with ``output_type="pt"`` the `memory` of the decoder, as for `decode`.
 
         Returns:
             The pipeline's latents, or with ``output_type="pt"`` its images.
@@ -120,7 +122,7 @@ class Pipeline:
         if noise is not None and not isinstance(noise, NoiseSource):
             _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
         arguments = _bound(self._pipe, args, kwargs)
-        session = Session(self._pipe, arguments, levels)
+        session = Session(self._pipe, arguments, levels, decode)
         try:
             return self._run(session, arguments, noise)
         finally:
