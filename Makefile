@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint bench bench-reversible bench-cpu bench-memory sanitize dist test-gpu bench-gpu clean
+.PHONY: demo test test-all coverage lint tables bench bench-reversible bench-cpu bench-memory sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
 
-# Every behaviour in three minutes on two cores. Which tests cost too much for that was measured; the
+# Every behaviour in four minutes on two cores. Which tests cost too much for that was measured; the
 # marker `thorough` says so.
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 -m "not thorough and not slow"
@@ -26,6 +27,9 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tables: $(VENV)/.installed
+	$(BIN)/python -m gradsampler.app.tables docs/solvers.md
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
@@ -65,17 +69,60 @@ sanitize: $(VENV)/.tested
 		"from torch.utils.cpp_extension import include_paths as i; print(*('-I' + p for p in i()))") \
 		csrc/tests/threads.cpp csrc/cpu/*.cpp -o threads && ./threads
 
-# These two use the python on the PATH, with its own torch and Triton, and no network.
-test-gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m pytest tests/test_kernel_step.py tests/test_kernel_ancestral.py \
-		tests/test_kernel_flow_pair.py tests/test_kernel_leap.py tests/test_torch_library.py \
-		tests/test_backends.py tests/test_philox.py tests/test_strategies.py \
-		tests/test_composition.py tests/test_auto.py
+# The oldest versions that pyproject.toml promises, in an environment of their own: the extension built
+# against that torch, with CUDA where nvcc is; the quick tests, and all of the kernels'; every variant of
+# the kernels that these launch compiled by that Triton, for GPUs that need not be here. Appends rows to
+# benchmarks/results/.
+OLDEST := build/oldest
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=benchmarks $(OLDEST)/bin/python benchmarks/oldest.py
 
-bench-gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	PYTHONPATH=benchmarks $(PYTHON) benchmarks/gpu.py
+$(OLDEST)/.installed: pyproject.toml tests/oldest_versions.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $$($(PYTHON) tests/oldest_versions.py)
+	touch $@
+
+# The Triton part alone: what the last tests under GRADSAMPLER_VARIANTS=build/variants launched.
+OLDEST_TRITON := build/triton-oldest
+compile-variants: $(VENV)/.tested $(OLDEST_TRITON)/.installed
+	PYTHONPATH=tests:$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
+		$(BIN)/python tests/compile_variants.py build/variants
+
+$(OLDEST_TRITON)/.installed: pyproject.toml tests/oldest_versions.py
+	rm -rf $(OLDEST_TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST_TRITON) \
+		$$($(PYTHON) tests/oldest_versions.py triton)
+	touch $@
+
+# What follows uses the python on the PATH, with its own torch and Triton, and no network. The extension
+# has to build, for the card that is here alone. To begin with: test-gpu-first, in under four minutes.
+CARD := import torch; print("%d.%d" % torch.cuda.get_device_capability())
+PARALLEL := import importlib.util, os; \
+	print("-n %d" % min(16, os.cpu_count()) if importlib.util.find_spec("xdist") else "")
+# The packages of that python may warn as they please; our own warnings stay errors.
+ON_GPU = $(PYTHON) -m pytest $$($(PYTHON) -c '$(PARALLEL)') \
+	-W default::DeprecationWarning -W default::FutureWarning
+KERNEL_TESTS := tests/test_kernel_step.py tests/test_kernel_ancestral.py \
+	tests/test_kernel_flow_pair.py tests/test_kernel_leap.py
+
+install-gpu:
+	card=$$($(PYTHON) -c '$(CARD)') && GRADSAMPLER_REQUIRE_EXT=1 TORCH_CUDA_ARCH_LIST=$$card \
+		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+test-gpu-first: install-gpu
+	$(PYTHON) -m gradsampler doctor
+	$(ON_GPU) -m "not thorough and not slow" $(KERNEL_TESTS)
+
+test-gpu: install-gpu
+	$(ON_GPU) $(KERNEL_TESTS) tests/test_kernel_budget.py tests/test_native_step.py \
+		tests/test_native_pairs.py tests/test_native_leap.py tests/test_native_half.py \
+		tests/test_native_sample.py tests/test_torch_library.py tests/test_backends.py \
+		tests/test_philox.py tests/test_strategies.py tests/test_composition.py tests/test_auto.py
+
+OUT ?= benchmarks/results
+SECTIONS ?=
+bench-gpu: install-gpu
+	PYTHONPATH=benchmarks $(PYTHON) benchmarks/gpu.py $(SECTIONS) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

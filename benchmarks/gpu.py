@@ -1,281 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that need an NVIDIA GPU: bandwidth, ratios, launch cost, crossover, memory.
+"""The figures that need an NVIDIA GPU, in sections; the rows of each are appended as it ends.
 
-    make bench-gpu                       # measures, prints a table, appends rows
-    python benchmarks/gpu.py --rehearse  # the same code on tiny tensors, in the interpreter
-
-Each op's values are compared with the reference before it is timed.
+make bench-gpu OUT=DIR                         # all, in about eight minutes
+make bench-gpu OUT=DIR SECTIONS="launch long"  # some
+python benchmarks/gpu.py --rehearse            # the same code on tiny tensors, in the interpreter
 """
 
 import argparse
-import os
+import sys
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # what counts launches lies there
+
+import gpu_kernels as kernels
 import memory
 import rows
-import timing
 import torch
-from torch import Tensor
+from gpu_kernels import DEVICE, Rows
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
-import gradsampler as gs
-from gradsampler.contract import Draw
-from gradsampler.ops import backends, reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Rows = list[dict[str, str]]
+SECONDS = 480.0  # in all; a section that would begin later is left out
+HALF = (torch.float32, torch.bfloat16)
 
 
-def triton() -> backends.Backend:
-    return backends.choose("triton", torch.device(DEVICE))
+def bandwidth(table: Rows, small: bool) -> None:
+    """Every kernel against a copy on the device, torch.compile and eager."""
+    for dtype in HALF:
+        for size in [300] if small else [2**24, 2**26]:
+            for part in (kernels.forward, kernels.backward, kernels.adjoint, kernels.leap):
+                part(table, size, dtype, 2 if small else 30)
 
 
-def draws(z0: Tensor) -> dict[str, Draw | None]:
-    return {
-        "off": None,
-        "sincos": gs.noise.SinCos().draw(z0, 7, 35),
-        "signed_roll": gs.noise.SignedRoll().draw(z0, 7, 35),
-        "philox": gs.noise.Philox().draw(z0, 7, 35),
-    }
+def launch(table: Rows, small: bool) -> None:
+    """Host time of a launch, by every way there is."""
+    kernels.launch(table, 2 if small else 500)
 
 
-def eager_wave(z0: Tensor, draw: Draw) -> Tensor:
-    return draw.gain * z0 + draw.amplitude * torch.sin(draw.rate * z0 + draw.phase)
+def crossover(table: Rows, small: bool) -> None:
+    """From which size on which backend is the fastest."""
+    sizes = [64, 256] if small else [2**k for k in range(10, 25, 2)]
+    kernels.crossover(table, sizes, 2 if small else 100, 2 if small else 15)
 
 
-def formula(x: Tensor, d: Tensor, z0: Tensor, draw: Draw) -> Tensor:
-    return 0.9 * x + 0.1 * d + 0.3 * eager_wave(z0, draw)
+def peaks(table: Rows, small: bool) -> None:
+    """Peak memory against the number of steps."""
+    counts = (2, 4) if small else memory.STEPS
+    memory.memory(table, 8 if small else 256, counts, memory.one)
 
 
-def backward_formula(g: Tensor, z0: Tensor, dz0: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-    slope = draw.gain + draw.rate * draw.amplitude * torch.cos(draw.rate * z0 + draw.phase)
-    dz0.add_(0.3 * slope * g)
-    return 0.9 * g, 0.1 * g
+def times(table: Rows, small: bool) -> None:
+    """Time of a gradient by memory strategy."""
+    memory.times(table, 8 if small else 1024, 3 if small else 64, 1 if small else 5)
 
 
-def assert_close(got: Tensor, expected: Tensor) -> None:
-    tolerance = 1e-5 if got.dtype == torch.float32 else 2e-2
-    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert float(error) <= tolerance, f"wrong by {float(error):.3g}: not timed"
+def long(table: Rows, small: bool) -> None:
+    """1024 steps on a state of 64 MiB, the gradient checked along a direction."""
+    memory.long_run(table, 16 if small else 2048, 4 if small else 1024)
 
 
-def measured(
-    table: Rows,
-    op: str,
-    x: Tensor,
-    moved: int,
-    variants: dict[str, Callable[[], object]],
-    rounds: int,
-) -> None:
-    """Times the variants beside a device copy of the same bytes; adds times and bandwidths."""
-    source = torch.empty(moved // 2, dtype=torch.int8, device=x.device)
-    target = torch.empty_like(source)
-    found = timing.interleaved({"copy": lambda: target.copy_(source), **variants}, rounds)
-    shape, dtype = "x".join(map(str, x.shape)), str(x.dtype).removeprefix("torch.")
-    copy = found["copy"][0]
-    for name, times in found.items():
-        table.append(rows.row(op, name, shape, dtype, "time", "s", times))
-        share = copy / times[0]
-        table.append(
-            rows.row(op, name, shape, dtype, "bandwidth over copy", "1", (share, share, share))
-        )
-        rate = moved / times[0] / 1e12
-        print(f"{op:24} {name:14} {shape:>16} {dtype:9} {times[0] * 1e6:10.1f} us "
-              f"{rate:7.3f} TB/s {share:6.3f} of copy", flush=True)  # fmt: skip
-
-
-def forward(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
-    x, d, z0 = (torch.randn(1, size, device=DEVICE).to(dtype) for _ in range(3))
-    out, backend = torch.empty_like(x), triton()
-    compiled = torch.compile(formula) if DEVICE == "cuda" else formula
-    for kind, draw in draws(z0).items():
-        terms, coefs = [x, d], [0.9, 0.1]
-        amount = 0.0 if draw is None else 0.3
-
-        def fused(terms=terms, coefs=coefs, draw=draw, amount=amount) -> object:
-            return backend.step_fwd(terms, coefs, z0, draw, amount, out=out)
-
-        fused()
-        assert_close(out, reference.step_fwd(terms, coefs, z0, draw, amount))
-        variants: dict[str, Callable[[], object]] = {"triton": fused}
-        if kind == "sincos":
-            variants["torch.compile"] = lambda draw=draw: compiled(x, d, z0, draw)
-            variants["eager"] = lambda draw=draw: formula(x, d, z0, draw)
-        tensors = 4 if kind in ("sincos", "signed_roll") else 3
-        measured(table, f"step_fwd {kind}", x, tensors * x.nbytes, variants, rounds)
-
-
-def backward(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
-    g, z0 = (torch.randn(1, size, device=DEVICE).to(dtype) for _ in range(2))
-    dz0, backend = torch.zeros(1, size, device=DEVICE, dtype=dtype), triton()
-    compiled = torch.compile(backward_formula) if DEVICE == "cuda" else backward_formula
-    for kind, draw in draws(z0).items():
-        if kind not in ("sincos", "signed_roll"):
-            continue
-
-        def fused(draw=draw) -> object:
-            return backend.step_bwd(
-                g, [g, g], [0.9, 0.1], z0, draw, 0.3, dz0=dz0, needs_terms=[True, True]
-            )
-
-        dz0.zero_()
-        fused()
-        expected = torch.zeros_like(dz0)
-        reference.step_bwd(
-            g, [g, g], [0.9, 0.1], z0, draw, 0.3, dz0=expected, needs_terms=[True, True]
-        )
-        assert_close(dz0, expected)
-        variants: dict[str, Callable[[], object]] = {"triton": fused}
-        if kind == "sincos":
-            variants["torch.compile"] = lambda draw=draw: compiled(g, z0, dz0, draw)
-            variants["eager"] = lambda draw=draw: backward_formula(g, z0, dz0, draw)
-        tensors = 6 if kind == "sincos" else 5
-        measured(table, f"step_bwd {kind}", g, tensors * g.nbytes, variants, rounds)
-
-
-def adjoint(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
-    lam, g, z0 = (torch.randn(1, size, device=DEVICE).to(dtype) for _ in range(3))
-    dz0, backend = torch.zeros_like(lam), triton()
-    draw = draws(z0)["sincos"]
-
-    def fused() -> object:
-        return backend.adjoint_step([lam], [0.9], g, 0.5, [0.2, 0.1], z0, draw, 0.3, dz0)
-
-    got = fused()
-    expected = reference.adjoint_step(
-        [lam], [0.9], g, 0.5, [0.2, 0.1], z0, draw, 0.3, torch.zeros_like(dz0)
-    )
-    assert_close(got[0], expected[0])
-    assert_close(got[1], expected[1])
-    measured(table, "adjoint_step sincos", lam, 7 * lam.nbytes, {"triton": fused}, rounds)
-
-
-def leap(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
-    """A step on a state in integers, forward and back; ``dtype`` is the model's."""
-    x, z0 = (torch.randn(1, size, device=DEVICE) for _ in range(2))
-    d, backend = torch.randn(1, size, device=DEVICE).to(dtype), triton()
-    overflow = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    for integer in (torch.int32, torch.int64):
-        for kind, draw in draws(z0).items():
-            carried = torch.zeros(1, size, dtype=integer, device=DEVICE)
-            there = carried.clone()
-
-            def moved(
-                backend: backends.Backend, carried: Tensor, sign: int, draw: Draw | None = draw
-            ) -> tuple[Tensor | None, Tensor | None]:
-                return backend.leap(
-                    carried, [x, d], [0.9 * 2**20, 0.1 * 2**20], z0, draw, 0.3 * 2**20, sign=sign,
-                    scale=2.0**-20, overflow=overflow, out_dtype=x.dtype, wants_state=sign > 0,
-                    model_scale=0.5, model_dtype=dtype,
-                )  # fmt: skip
-
-            found = moved(backend, carried, 1)
-            moved(backends.REFERENCE, there, 1)
-            assert int((carried - there).abs().max()) <= 2, "wrong integers: not timed"
-            expected = reference.fixed_point(carried, 2.0**-20, x.dtype, 0.5, dtype)
-            if DEVICE == "cuda":  # the interpreter cuts bfloat16 off
-                assert all(map(torch.equal, found, expected)), "wrong bits: not timed"
-            moved(backend, carried, -1)
-            assert not carried.any(), "not undone: not timed"
-            operands = 2 * carried.nbytes + x.nbytes + d.nbytes
-            operands += z0.nbytes if kind in ("sincos", "signed_roll") else 0
-            name = f"leap {str(integer).removeprefix('torch.')} {kind}"
-            variants: dict[str, Callable[[], object]] = {
-                "triton": partial(moved, backend, carried, 1)
-            }
-            measured(table, name, d, operands + x.nbytes + d.nbytes, variants, rounds)
-            variants = {"triton": partial(moved, backend, carried, -1)}
-            measured(table, f"{name} undone", d, operands, variants, rounds)
-
-
-def launch(table: Rows) -> None:
-    """Host time a step for a small latent: three backends' worth, and inside a CUDA graph."""
-    x, d, z0 = (torch.randn(1, 4, 64, 64, device=DEVICE) for _ in range(3))
-    out, draw = torch.empty_like(x), draws(z0)["sincos"]
-    assert draw is not None
-    runs: dict[str, Callable[[], object]] = {
-        "triton": lambda: triton().step_fwd([x, d], [0.9, 0.1], z0, draw, 0.3, out=out),
-        "registered op": lambda: gs.ops.step([x, d], [0.9, 0.1], z0, gs.noise.SinCos(), 7, 35, 0.3),
-        "eager": lambda: formula(x, d, z0, draw),
-    }
-    if DEVICE == "cuda":
-        runs["torch.compile"] = torch.compile(lambda: formula(x, d, z0, draw))
-        runs["cuda graph of 35"] = captured(runs["triton"], 35)
-    for name, run in runs.items():
-        per_step = 35 if name.startswith("cuda graph") else 1
-        spent = timing.host(run, 200 if DEVICE == "cuda" else 2) / per_step
-        table.append(
-            rows.row("launch", name, "1x4x64x64", "float32", "host time a step", "s", (spent,) * 3)
-        )
-        print(f"launch {name:18} {spent * 1e6:9.2f} us a step of a 4x64x64 latent", flush=True)
-
-
-def captured(run: Callable[[], object], steps: int) -> Callable[[], object]:
-    """A CUDA graph of several steps; capture fails if a step synchronises with the host."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(steps):
-            run()
-    return graph.replay
-
-
-def plain_step(backend: backends.Backend, size: int) -> Callable[[], object]:
-    x, d, z0 = (torch.randn(1, size, device=DEVICE) for _ in range(3))
-    draw = draws(z0)["sincos"]
-    return lambda: backend.step_fwd([x, d], [0.9, 0.1], z0, draw, 0.3)
-
-
-def crossover(table: Rows, sizes: list[int], rounds: int) -> None:
-    """Where the fused step overtakes plain torch."""
-    for size in sizes:
-        found = timing.interleaved(
-            {
-                "triton": plain_step(triton(), size),
-                "reference": plain_step(backends.REFERENCE, size),
-            },
-            rounds,
-        )
-        for name, times in found.items():
-            table.append(rows.row("crossover", name, f"1x{size}", "float32", "time", "s", times))
-        ratio = found["reference"][0] / found["triton"][0]
-        print(f"crossover {size:>10} elements: triton {ratio:6.2f} times as fast", flush=True)
+# What no other figure tells comes first.
+SECTIONS: dict[str, Callable[[Rows, bool], None]] = {
+    each.__name__: each for each in (launch, crossover, bandwidth, peaks, times, long)
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, writes nothing")
     parser.add_argument("--out", type=Path, default=rows.RESULTS)
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {', '.join(unknown)}: there are {', '.join(SECTIONS)}")
     if DEVICE == "cpu" and not arguments.rehearse:
         parser.error("no NVIDIA GPU here: only --rehearse runs")
-    small = arguments.rehearse
-    rounds = 2 if small else 50
-    sizes = [300] if small else [2**24, 2**26]
-    table: Rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in sizes:
-            forward(table, size, dtype, rounds)
-            backward(table, size, dtype, rounds)
-            adjoint(table, size, dtype, rounds)
-            leap(table, size, dtype, rounds)
-    launch(table)
-    crossover(table, [64, 256] if small else [2**k for k in range(10, 25, 2)], rounds)
-    counts = (2, 4) if small else memory.STEPS
-    memory.memory(table, 8 if small else 256, counts, memory.one)
-    memory.times(table, 8 if small else 1024, 3 if small else 64, 1 if small else 5)
-    memory.long_run(table, 16 if small else 2048, 4 if small else 1024)
-    if small:
+    # Gradients are compared with one another: to 19 bits of TF32 they would not agree.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    start = time.perf_counter()
+    for name in arguments.sections or SECTIONS:
+        spent = time.perf_counter() - start
+        if spent > SECONDS:
+            print(f"section {name} is left out after {spent:.0f} s: ask for it by name")
+            continue
+        table: Rows = []
+        SECTIONS[name](table, arguments.rehearse)
+        spent = time.perf_counter() - start - spent
+        where = "" if arguments.rehearse else f" appended to {rows.append(table, arguments.out)}"
+        print(f"section {name}: {len(table)} rows in {spent:.0f} s{where}", flush=True)
+    if arguments.rehearse:
         print("rehearsed: every part ran, and no time above means anything")
-    else:
-        print(f"{len(table)} rows appended to {rows.append(table, arguments.out)}")
 
 
 if __name__ == "__main__":

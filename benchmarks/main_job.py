@@ -86,7 +86,16 @@ def check(table: Rows) -> None:
     def both() -> None:
         for source in (gs.noise.Off(), gs.noise.SinCos()):
             z0 = torch.zeros(1, 2, 2, 8, 8).requires_grad_()
-            gradient_flow.check(gradient_flow.affine_denoiser, z0, source)
+            gs.check(
+                gradient_flow.affine_denoiser,
+                z0,
+                gs.schedules.karras(4),
+                solver="res_2ab",
+                noise=source,
+                churn=gs.Churn(0.8),
+                memory="checkpoint",
+                directions=0,
+            )
 
     times = timing.interleaved({"check": both}, 9)["check"]
     table.append(single("check", "both modes", "1x2x2x8x8", "own time", "s", times[0]))

@@ -74,7 +74,7 @@ GS_FN float sin_half_turns_coarse(float z, float hi, float phase) {
   return Round<float>::flip(p * f, u);
 }
 
-// ---- sincos noise (MATH.md (4)) -----------------------------------------------------------
+// ---- sincos noise: noise.SinCos ----------------------------------------------------------
 
 template <class T>
 struct Wave {
@@ -136,7 +136,7 @@ GS_FN T clamp_pull(T g, T x, T lo, T hi) {
   return (x >= lo) & (x <= hi) ? g : T(0);
 }
 
-// ---- rounding of a step in integers (MATH.md 7) ---------------------------------------------
+// ---- rounding of a step in integers: ops/reference.py, leap ------------------------------
 
 // The nearest integer, the even one of two: the adder rounds where the type has no fractions left.
 GS_FN float nearest(float x) {
@@ -225,7 +225,7 @@ GS_FN void normal_pair(uint32_t word_u, uint32_t word_w, T& first, T& second) {
   first = radius * Round<T>::flip(sin_pi(turn - (v - Round<T>::magic() - T(0.5))), v);
 }
 
-// ---- ancestral step (MATH.md 5) -----------------------------------------------------------
+// ---- ancestral step: Nichol and Dhariwal 2021, equations 9 and 15 ------------------------
 
 template <class T>
 struct Ancestral {
@@ -259,7 +259,7 @@ GS_FN void ancestral_pull(const Ancestral<T>& a, T g, T x, T eps, T v, T noise, 
   dv = dnoise * noise * (T(0.25) * (a.log_max - a.log_min));
 }
 
-// ---- flow-matching pair (MATH.md 5) -------------------------------------------------------
+// ---- flow-matching pair: Lipman et al. 2023, equations 22 and 23 -------------------------
 
 template <class T>
 struct Flow {

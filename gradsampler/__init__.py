@@ -7,11 +7,14 @@ from gradsampler.decoding.decode import decode
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
+from gradsampler.gradient_flow import check
+from gradsampler.guidance import Guided
+from gradsampler.iteration import iterate
 from gradsampler.ops import backends
 from gradsampler.optimization import regularizers
 from gradsampler.optimization.optimize import OptimizeResult, OptimizeStep, optimize
-from gradsampler.parameterization import EDM, VP, Flow, Guided
-from gradsampler.sampling import sample
+from gradsampler.parameterization import EDM, VP, Flow
+from gradsampler.sampling import integrate, sample
 from gradsampler.solvers import Churn
 
 __all__ = [
@@ -28,7 +31,10 @@ __all__ = [
     "StepInfo",
     "__version__",
     "backends",
+    "check",
     "decode",
+    "integrate",
+    "iterate",
     "memory",
     "noise",
     "ops",

@@ -3,7 +3,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import NoReturn
 
@@ -21,25 +22,78 @@ def fail_type(argument: str, expected: str, got: object) -> NoReturn:
     raise TypeError(f"{argument} must {expected}, got {type(got).__name__}")
 
 
-def choice(argument: str, got: object, names: Iterable[str]) -> str:
-    """Returns ``got`` if it is one of ``names``; else says the nearest and lists the rest."""
+def choice(
+    argument: str, got: object, names: Iterable[str], spellings: Mapping[str, str] | None = None
+) -> str:
+    """Returns ``got`` if it is one of ``names``; else says the nearest and lists the rest.
+
+    ``spellings`` has names in use elsewhere, by their letters and digits.
+    """
     known = sorted(names)
     if not isinstance(got, str):
         fail_type(argument, f"be one of {', '.join(known)}", got)
     if got in known:
         return got
-    near = difflib.get_close_matches(got, known, n=1, cutoff=0.4)
+    letters = {_letters(name): name for name in known}
+    meant = letters.get(_letters(got)) or (spellings or {}).get(_letters(got))
+    near = [meant] if meant in known else difflib.get_close_matches(got, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else ""
     fail(argument, f"be one of {', '.join(known)}", repr(got), hint)
 
 
+def _letters(name: str) -> str:
+    plain = re.sub("[^a-z0-9]", "", name.lower().replace("++", "pp"))
+    return plain.removeprefix("sample").removesuffix("scheduler")
+
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def floating(argument: str, x: object) -> Tensor:
-    """Returns ``x`` if it is a tensor of a real floating dtype."""
+    """Returns ``x`` if it is a dense tensor of a floating dtype that can be computed in."""
     if not isinstance(x, Tensor):
         fail_type(argument, "be a torch.Tensor", x)
     if not x.dtype.is_floating_point:
         fail(argument, "have a floating-point dtype", str(x.dtype))
+    if x.dtype not in FLOATING:
+        fail(argument, "have a dtype of 16 bits or more", str(x.dtype), "call .to(torch.bfloat16)")
+    if x.layout != torch.strided:
+        fail(argument, "be dense", str(x.layout), "call .to_dense()")
     return x
+
+
+def valued(argument: str, x: Tensor) -> None:
+    """Refuses a tensor without values."""
+    if x.is_meta:
+        fail(argument, "hold values", "a tensor on the device meta")
+
+
+def savable(x: Tensor) -> Tensor:
+    """Returns ``x``, or a copy of one made in inference mode, which autograd refuses to save."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
+def prediction(argument: str, x: object) -> Tensor:
+    """Returns ``x`` as `floating` does; of another object that a network may return says more."""
+    sample = getattr(x, "sample", None)
+    if isinstance(sample, Tensor):
+        hint = "return its .sample from the denoiser"
+        _fail_output(argument, f"{type(x).__name__} with .sample {list(sample.shape)}", hint)
+    if isinstance(x, Mapping):
+        names = ", ".join(f"{k!r}: {_shortly(v)}" for k, v in x.items())
+        _fail_output(argument, f"{type(x).__name__} of {names}", "return one of its values")
+    if isinstance(x, Sequence) and not isinstance(x, str):
+        parts = ", ".join(map(_shortly, x))
+        _fail_output(argument, f"{type(x).__name__} of {parts}", "return one of these, as out[0]")
+    return floating(argument, x)
+
+
+def _fail_output(argument: str, got: str, hint: str) -> NoReturn:
+    raise TypeError(f"{argument} must be a torch.Tensor, got {got}; {hint}")
+
+
+def _shortly(x: object) -> str:
+    return f"tensor {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def shape(argument: str, x: Tensor, expected: Sequence[int]) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arguments of a run, checked: as a program, and as a trajectory that only misses z0."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -38,8 +39,8 @@ def record(
 ) -> tuple[Program, Parameterization]:
     """The program of a solver around a denoiser; the arguments are those of `sample`."""
     model = parameterize(denoiser, prediction)
-    levels = checked_levels(sigmas, flow=prediction == "flow")
     method = solvers.resolve(solver, eta, s_noise)
+    levels = checked_levels(sigmas, flow=prediction == "flow", monotone=method.monotone)
     _check_solver(method, churn, flow=prediction == "flow")
 
     def recorded() -> Program:
@@ -69,8 +70,8 @@ def trajectory(
     source = _noise(noise, program, z0)
     if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
         _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
-    if state_dtype is not None and not state_dtype.is_floating_point:
-        _checks.fail("state_dtype", "be a floating-point dtype", str(state_dtype))
+    if state_dtype is not None and state_dtype not in _checks.FLOATING:
+        _checks.fail("state_dtype", "be a floating-point dtype of 16 bits or more", state_dtype)
     state = state_dtype or torch.promote_types(z0.dtype, torch.float32)
     return Trajectory(
         program,
@@ -84,7 +85,9 @@ def trajectory(
     )
 
 
-def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
+def checked_levels(
+    sigmas: Tensor | Sequence[float], *, flow: bool, monotone: bool = True
+) -> Tensor:
     """The noise levels in float64 on the CPU, checked."""
     if not isinstance(sigmas, Tensor):
         try:
@@ -98,15 +101,17 @@ def checked_levels(sigmas: Tensor | Sequence[float], *, flow: bool) -> Tensor:
     if levels.ndim != 1 or len(levels) < 2:
         _checks.fail("sigmas", "have shape [N+1] with N >= 1 steps", list(levels.shape))
     values: list[float] = levels.tolist()
-    if not bool(torch.isfinite(levels).all()):
-        _checks.fail("sigmas", "be finite", values)
+    if not all(map(math.isfinite, values[1:])) or not values[0] > -math.inf:
+        _checks.fail("sigmas", "be finite, but for an infinite first one", values)
     for i, (s, t) in enumerate(pairwise(values)):
-        if not s > t:
+        if monotone and not s > t:
             _checks.fail("sigmas", "decrease strictly", f"sigmas[{i}] = {s}, sigmas[{i + 1}] = {t}")
+        if not s > 0:
+            _checks.fail("sigmas", "be positive up to the last", f"sigmas[{i}] = {s}")
     if values[-1] < 0:
         _checks.fail("sigmas", "be at least 0", f"sigmas[-1] = {values[-1]}")
-    if flow and values[0] > 1:
-        _checks.fail("sigmas", "be flow times of at most 1", f"sigmas[0] = {values[0]}")
+    if flow and max(values) > 1:
+        _checks.fail("sigmas", "be flow times of at most 1", f"a time of {max(values)}")
     return levels
 
 
@@ -133,6 +138,6 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
         warnings.warn(
             f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
             "window that covers levels of the run, or take a stochastic solver with eta > 0",
-            stacklevel=5,
+            stacklevel=7,
         )
     return noise.prepare(z0, injected)

@@ -13,6 +13,7 @@ from torch import Tensor
 MAX_TERMS = 12  # of one fused step; of an adjoint step with the model's gradient counted in
 
 OFF, SINCOS, SIGNED_ROLL, GIVEN = range(4)  # the kinds of f in a `Draw`
+OF_Z0 = (SINCOS, SIGNED_ROLL)  # whose cotangent goes to z0
 
 # The last word of a Philox counter names the use, so that no two uses share a block.
 NORMALS, SIGNS, OFFSETS = range(3)

@@ -10,11 +10,11 @@ it. The state is in VE coordinates, ``x = x0 + s*e``; in a native flow run it is
 ``x = (1-s)*x0 + s*e``. Both satisfy ``dx/ds = (x - D)/s``, which is why one solver serves both.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from gradsampler import _checks
 from gradsampler.coordinates import VE, Coordinates, FlowTime
 from gradsampler.elementary import Coefficient, log, sqrt, square
+from gradsampler.timesteps import Timesteps
 
 __all__ = [
     "EDM",
     "VP",
     "Coefficient",
     "Flow",
-    "Guided",
     "Parameterization",
     "Prediction",
     "parameterize",
@@ -44,6 +44,7 @@ class Preconditioning(NamedTuple):
     c_out: tuple[Coefficient, ...]  # one a network call
     c_in: Coefficient
     c_noise: Coefficient  # what the network is told of the level
+    branches: tuple[tuple[Coefficient, ...], ...] = ()  # c_out of each prediction D is made of
 
 
 class Parameterization(ABC):
@@ -53,7 +54,8 @@ class Parameterization(ABC):
     """
 
     network: Network
-    level_dtype: torch.dtype | None = None  # of c_noise; None is the model's, float32 at least
+    behind: tuple[nn.Module, ...] = ()  # modules that a plain callable hides
+    keeps_shape: ClassVar[bool] = True  # whether outputs have the shape of the state
 
     @property
     def coordinates(self) -> Coordinates:
@@ -68,16 +70,59 @@ class Parameterization(ABC):
         """All that the affine map depends on, by value; None where that is not known."""
         return None
 
+    def limit(self) -> Preconditioning:
+        """The map where sigma is infinite and a state is noise alone, as a map of x/sigma."""
+        _checks.fail(
+            "sigmas[0]",
+            f"be finite for a network wrapped in {type(self).__name__}",
+            "infinity",
+            "VP with a v or x0 prediction and Flow can start from noise alone",
+        )
+
+    def on(self, sigmas: Tensor) -> "Parameterization":
+        """The parameterization on the levels of a run, [N+1] float64; tables are checked here."""
+        return self
+
+    def at(self, step: int) -> "Parameterization":
+        """The parameterization in one step of a run; most are the same in all."""
+        return self
+
+    @property
+    def width(self) -> int:
+        """How many outputs an evaluation has."""
+        return 1
+
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Calls the network: x [B, *state] is scaled by c_in, noise [B] holds c_noise."""
         return (self.network(x, noise, **cond),)
 
+    def chosen(
+        self, x: Tensor, noise: Tensor, cond: Mapping[str, Any], branches: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """Those of `outputs` that a run reads, by ascending index."""
+        outputs = self.outputs(x, noise, cond)
+        if len(outputs) <= max(branches):
+            got = f"{type(self).__name__} with {len(outputs)} outputs"
+            _checks.fail("denoiser", "be the one that the program was recorded with", got)
+        return tuple(outputs[b] for b in branches)
+
     def modules(self) -> Iterator[nn.Module]:
-        """The nn.Modules that the network consists of, as far as they can be seen."""
+        """The nn.Modules that the network consists of, as far as they can be seen or are named."""
         if isinstance(self.network, nn.Module):
             yield self.network
+        yield from self.behind
+
+    def naming(self, modules: Sequence[nn.Module]) -> Self:
+        """The same, with the modules that its network, a plain callable, consists of."""
+        checked_modules("modules", modules)
+        if not modules:
+            return self
+        named = copy.copy(self)
+        object.__setattr__(named, "behind", (*self.behind, *modules))
+        return named
 
     def __call__(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        """The denoised sample of x [B, *state] at levels sigma [B]."""
         maps = self.preconditioning(sigma.to(torch.float64))
         dtype = torch.promote_types(x.dtype, torch.float32)
 
@@ -120,13 +165,15 @@ class Prediction(Parameterization):
 KINDS = ("x0", "epsilon", "v", "flow")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class EDM(Parameterization):
     """Karras preconditioning (Karras et al. 2022, table 1) of network(c_in*x, ln(sigma)/4, **cond).
 
     Args:
         network: the raw network F.
         sigma_data: standard deviation of the training data.
+        modules: the nn.Modules behind a network that is a plain callable, so that its dtype,
+            buffers and generators are known.
 
     Example:
         >>> import torch, gradsampler as gs
@@ -138,10 +185,14 @@ class EDM(Parameterization):
     network: Network
     sigma_data: float = 0.5
 
-    def __post_init__(self) -> None:
-        _callable("EDM: network", self.network)
-        if not _checks.finite("EDM: sigma_data", self.sigma_data) > 0:
-            _checks.fail("EDM: sigma_data", "be positive", self.sigma_data)
+    def __init__(
+        self, network: Network, sigma_data: float = 0.5, *, modules: Sequence[nn.Module] = ()
+    ) -> None:
+        object.__setattr__(self, "network", checked_network("EDM: network", network))
+        if not _checks.finite("EDM: sigma_data", sigma_data) > 0:
+            _checks.fail("EDM: sigma_data", "be positive", sigma_data)
+        object.__setattr__(self, "sigma_data", sigma_data)
+        object.__setattr__(self, "behind", checked_modules("EDM: modules", modules))
 
     def described(self) -> Hashable | None:
         return EDM, self.sigma_data
@@ -163,10 +214,17 @@ class VP(Parameterization):
     The network is called with x_vp = x / sqrt(1 + sigma^2) and a timestep; between the timesteps
     the level is interpolated linearly in ln(sigma), as k-diffusion does.
 
+    A run may start from noise alone where the process ends in it (zero terminal signal-to-noise
+    ratio, Lin et al. 2023, arXiv 2305.08891): ``sigmas[0]`` is then infinite, and so is the level
+    of an ``alphas_cumprod[-1]`` of 0.
+
     Args:
         network: network(x_vp [B, *state], timestep [B], **cond).
-        alphas_cumprod: [T] decreasing, in (0, 1).
+        alphas_cumprod: [T] decreasing, in (0, 1); the last may be 0.
         prediction: "epsilon" | "v" | "x0".
+        timesteps: [N] or [N+1], what the network is told at each level of a run of N steps, for
+            upstreams that round; `Timesteps`. None is the formula.
+        modules: as of `EDM`.
     """
 
     def __init__(
@@ -174,32 +232,42 @@ class VP(Parameterization):
         network: Network,
         alphas_cumprod: Tensor,
         prediction: str = "epsilon",
+        *,
+        timesteps: Tensor | Sequence[float] | None = None,
+        modules: Sequence[nn.Module] = (),
     ) -> None:
-        self.network = _callable("VP: network", network)
+        self.network = checked_network("VP: network", network)
         self.prediction = _checks.choice("VP: prediction", prediction, ("epsilon", "v", "x0"))
         alphas = _checks.floating("VP: alphas_cumprod", alphas_cumprod).to("cpu", torch.float64)
         if alphas.ndim != 1 or len(alphas) < 2:
             _checks.fail("VP: alphas_cumprod", "have shape [T], T >= 2", list(alphas.shape))
-        inside = bool(((alphas > 0) & (alphas < 1)).all())
+        inside = bool((alphas[:-1] > 0).all()) and bool(alphas[-1] >= 0) and bool(alphas[0] < 1)
         if not inside or not bool((alphas.diff() < 0).all()):
             _checks.fail("VP: alphas_cumprod", "decrease within (0, 1)", alphas.tolist()[:4])
         self.log_sigmas = 0.5 * (torch.log1p(-alphas) - torch.log(alphas))  # [T], increasing
-        self._table: list[float] = self.log_sigmas.tolist()
+        self.timesteps = None if timesteps is None else Timesteps("VP", timesteps)
+        self.behind = checked_modules("VP: modules", modules)
+
+    def on(self, sigmas: Tensor) -> "VP":
+        return self if self.timesteps is None else _placed(self, sigmas, self._formula)
 
     def timestep(self, sigma: Coefficient) -> Coefficient:
-        """The timestep of a noise level, fractional between two of the table."""
-        log_sigma = log(sigma)
-        if not isinstance(log_sigma, Tensor):
-            above = min(max(bisect_left(self._table, log_sigma), 1), len(self._table) - 1)
-            low, high = self._table[above - 1], self._table[above]
-            return above - 1 + min(max((log_sigma - low) / (high - low), 0.0), 1.0)
-        table = self.log_sigmas.to(log_sigma.device)
-        after = torch.searchsorted(table, log_sigma.detach()).clamp(1, len(table) - 1)
-        before, behind = table[after - 1], table[after]
-        return after - 1 + ((log_sigma - before) / (behind - before)).clamp(0, 1)
+        """The timestep of a noise level; by the formula fractional between two of the process."""
+        return _told(self.timesteps, self._formula, sigma)
+
+    def _formula(self, sigma: Tensor) -> Tensor:
+        table = self.log_sigmas.to(sigma.device)
+        tiny = torch.finfo(sigma.dtype).tiny  # at level 0 the logarithm has no derivative
+        log_sigma = torch.log(sigma.clamp(min=tiny))
+        above = torch.searchsorted(table, log_sigma.detach()).clamp(1, len(table) - 1)
+        low, high = table[above - 1], table[above]
+        between = ((log_sigma - low) / (high - low)).clamp(0, 1)
+        return above - 1 + torch.where(torch.isinf(sigma), 1.0, between)
 
     def described(self) -> Hashable | None:
-        return VP, self.prediction, tuple(self._table)
+        if self.timesteps is not None:
+            return None
+        return VP, self.prediction, tuple(self.log_sigmas.tolist())
 
     def _scales(self, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
         if self.prediction == "x0":
@@ -208,6 +276,18 @@ class VP(Parameterization):
             return 1.0, -sigma
         variance = square(sigma) + 1
         return 1 / variance, -sigma / sqrt(variance)
+
+    def limit(self) -> Preconditioning:
+        if self.prediction == "epsilon":
+            _checks.fail(
+                "sigmas[0]",
+                "be finite for VP with an epsilon prediction",
+                "infinity, where epsilon says nothing of the sample",
+                "v and x0 predictions can start from noise alone",
+            )
+        last = float(len(self.log_sigmas) - 1)
+        noise = last if self.timesteps is None else self.timesteps.first
+        return Preconditioning(0.0, (1.0 if self.prediction == "x0" else -1.0,), 1.0, noise)
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         c_skip, c_out = self._scales(sigma)
@@ -220,67 +300,61 @@ class Flow(Parameterization):
     Args:
         network: network(x_t [B, *state], t [B], **cond) -> velocity e - x0 (Lipman et al. 2023,
             arXiv 2210.02747, with x_t = (1-t)*x0 + t*e).
-    """
+        timesteps: [N] or [N+1], what the network is told in place of t at each level of a run of
+            N steps, for upstreams that scale and round; `Timesteps`. None is t.
+        modules: as of `EDM`.
 
-    def __init__(self, network: Network) -> None:
-        self.network = _callable("Flow: network", network)
-
-    def described(self) -> Hashable | None:
-        return (Flow,)
-
-    def preconditioning(self, sigma: Coefficient) -> Preconditioning:
-        shrink = 1 / (1 + sigma)
-        return Preconditioning(shrink, (-sigma * shrink,), shrink, sigma * shrink)
-
-
-class Guided(Parameterization):
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6), linear as well.
-
-    ``D = (1 - scale) * D(x; unconditional) + scale * D(x; cond)``: two network calls an evaluation,
-    two output slots, and the scale in the coefficients.
-
-    Args:
-        denoiser: a `Parameterization`, or a callable that predicts x0.
-        scale: guidance weight; 1 is the plain conditional model. A 0-d float64 tensor that requires
-            grad receives its gradient.
-        unconditional: what replaces the entries of ``cond`` in the unconditional call.
+    At an infinite level, which is t = 1, the state is noise alone.
     """
 
     def __init__(
         self,
-        denoiser: "Parameterization | Network",
-        scale: Coefficient,
-        unconditional: Mapping[str, Any],
+        network: Network,
+        *,
+        timesteps: Tensor | Sequence[float] | None = None,
+        modules: Sequence[nn.Module] = (),
     ) -> None:
-        self.inner = parameterize(denoiser, "x0")
-        self.network = self.inner.network
-        if isinstance(scale, Tensor):
-            _checks.shape("Guided: scale", _checks.floating("Guided: scale", scale), ())
-            scale = scale.to("cpu", torch.float64)
-        else:
-            scale = _checks.finite("Guided: scale", scale)
-        if not isinstance(unconditional, Mapping):
-            _checks.fail_type("Guided: unconditional", "be a dict", unconditional)
-        self.scale = scale
-        self.unconditional = dict(unconditional)
+        self.network = checked_network("Flow: network", network)
+        self.timesteps = None if timesteps is None else Timesteps("Flow", timesteps)
+        self.behind = checked_modules("Flow: modules", modules)
+
+    def on(self, sigmas: Tensor) -> "Flow":
+        return self if self.timesteps is None else _placed(self, sigmas, self._formula)
+
+    def _formula(self, sigma: Tensor) -> Tensor:
+        return torch.where(torch.isinf(sigma), 1.0, sigma / (1 + sigma))
+
+    def limit(self) -> Preconditioning:
+        noise = 1.0 if self.timesteps is None else self.timesteps.first
+        return Preconditioning(1.0, (-1.0,), 1.0, noise)
 
     def described(self) -> Hashable | None:
-        inner = by_value(self.inner)
-        if inner is None or isinstance(self.scale, Tensor):
-            return None
-        return Guided, inner, self.scale
+        return None if self.timesteps is not None else (Flow,)
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
-        inner = self.inner.preconditioning(sigma)
-        plain = tuple((1 - self.scale) * c for c in inner.c_out)
-        return inner._replace(c_out=plain + tuple(self.scale * c for c in inner.c_out))
+        shrink = 1 / (1 + sigma)
+        told = _told(self.timesteps, self._formula, sigma)
+        return Preconditioning(shrink, (-sigma * shrink,), shrink, told)
 
-    def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        plain = self.inner.outputs(x, noise, {**cond, **self.unconditional})
-        return plain + self.inner.outputs(x, noise, cond)
 
-    def modules(self) -> Iterator[nn.Module]:
-        return self.inner.modules()
+Tabled = TypeVar("Tabled", VP, Flow)
+
+
+def _told(
+    table: Timesteps | None, formula: Callable[[Tensor], Tensor], sigma: Coefficient
+) -> Coefficient:
+    """What the network is told at a level, by the formula or by the table beside it."""
+    numbers = formula(torch.as_tensor(sigma, dtype=torch.float64))
+    told = numbers if table is None else table.told(numbers)
+    return told if isinstance(sigma, Tensor) or told.requires_grad else told.item()
+
+
+def _placed(model: Tabled, sigmas: Tensor, formula: Callable[[Tensor], Tensor]) -> Tabled:
+    """The model with its table of timesteps on the levels of a run."""
+    assert model.timesteps is not None
+    placed = copy.copy(model)
+    placed.timesteps = model.timesteps.on([formula(sigma) for sigma in sigmas.unbind()])
+    return placed
 
 
 def by_value(model: Parameterization) -> Hashable | None:
@@ -288,7 +362,7 @@ def by_value(model: Parameterization) -> Hashable | None:
     return model.described() if "described" in vars(type(model)) else None
 
 
-def parameterize(denoiser: "Parameterization | Network", prediction: str) -> Parameterization:
+def parameterize(denoiser: Parameterization | Network, prediction: str) -> Parameterization:
     """The denoiser as a `Parameterization`; a wrapper says itself how its output is read."""
     if isinstance(denoiser, Parameterization):
         if prediction != "x0":
@@ -303,13 +377,22 @@ def parameterize(denoiser: "Parameterization | Network", prediction: str) -> Par
     return Prediction(denoiser, _checks.choice("prediction", prediction, KINDS))
 
 
-def _callable(argument: str, network: Any) -> Network:
+def checked_network(argument: str, network: Any) -> Network:
+    """The network, if it can be called."""
     if not callable(network):
         _checks.fail_type(argument, "be callable as network(x, level, **cond)", network)
     return cast(Network, network)
 
 
+def checked_modules(argument: str, modules: Any) -> tuple[nn.Module, ...]:
+    """The modules behind a network, as a tuple."""
+    if not isinstance(modules, Sequence) or not all(isinstance(m, nn.Module) for m in modules):
+        _checks.fail_type(argument, "be a list of nn.Modules", modules)
+    return tuple(modules)
+
+
 def model_dtype(model: Parameterization, z0: Tensor) -> torch.dtype:
     """The dtype that the model is called in: that of all its floating parameters, else z0's."""
-    dtypes = {p.dtype for m in model.modules() for p in m.parameters() if p.dtype.is_floating_point}
+    # Eight bits are for storage: layers that hold such weights compute in a dtype of their own.
+    dtypes = {p.dtype for m in model.modules() for p in m.parameters()} & set(_checks.FLOATING)
     return dtypes.pop() if len(dtypes) == 1 else z0.dtype

@@ -6,19 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsampler import _checks, arguments
 from gradsampler import memory as memories
+from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
 from gradsampler.memory import Memory
 from gradsampler.noise.sources import NoiseSource
-from gradsampler.parameterization import Parameterization
+from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
 
 
+@uncompiled
 def sample(
     denoiser: Parameterization | Denoiser,
     z0: Tensor,
@@ -38,6 +40,7 @@ def sample(
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    modules: Sequence[nn.Module] = (),
 ) -> Tensor:
     """Runs a sampler from the initial noise ``z0``; gradients flow back through all of it.
 
@@ -48,8 +51,10 @@ def sample(
         denoiser: callable (x [B, *state], sigma [B], **cond) -> prediction of x's shape; or a
             network wrapped in `EDM`, `VP`, `Flow` or `Guided`.
         z0: [B, *state] standard normal of a floating dtype; the state starts at sigmas[0] * z0.
-        sigmas: [N+1] strictly decreasing noise levels, N >= 1, the last >= 0; with
-            ``prediction="flow"`` flow times, the first <= 1. Taken to float64; may require grad.
+        sigmas: [N+1] noise levels, N >= 1, positive but for a last one of 0, and decreasing for
+            solvers that are `monotone`; with ``prediction="flow"`` flow times of at most 1. The
+            first may be infinite for `VP` and `Flow`: a start from noise alone, z0 itself. Taken to
+            float64; may require grad.
         solver: a name of `solvers.names()`, or a `Solver`.
         prediction: what a plain callable returns: "x0" | "epsilon" | "v" | "flow".
         noise: the injected noise, a `gradsampler.noise` object. None injects nothing in a
@@ -67,7 +72,10 @@ def sample(
         state_dtype: dtype of the state between model calls; None keeps z0's, float32 at least. The
             model is called in the dtype that its parameters share, else in z0's.
         backend: a name of `backends.available()`, or None for the fastest present.
-        check_finite: raises where a state or a gradient is not finite (reads back at each call).
+        check_finite: raises where a state or a gradient is not finite: at once on the CPU, else at
+            the end of the run or of its backward, which read back once.
+        modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
+            dtype is that of the calls, and their buffers and generators are known.
 
     Returns:
         [B, *state] of z0's dtype.
@@ -107,12 +115,14 @@ def sample(
         state_dtype=state_dtype,
         backend=backend,
         check_finite=check_finite,
+        modules=modules,
     )
 
 
+@uncompiled
 def integrate(
     program: Program,
-    model: Parameterization,
+    denoiser: Parameterization | Denoiser,
     z0: Tensor,
     *,
     noise: NoiseSource | None = None,
@@ -123,10 +133,43 @@ def integrate(
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    modules: Sequence[nn.Module] = (),
 ) -> Tensor:
-    """Runs a recorded program; the arguments are those of `sample`."""
-    if z0.is_inference() and not torch.is_inference_mode_enabled():
-        z0 = z0.clone()  # autograd refuses to save a tensor that was made in inference mode
+    """Runs a program that `Solver.program` or a `solvers.Recorder` wrote down, differentiably.
+
+    So a loop of one's own, or a solver on levels that `sample` refuses, has every memory strategy.
+
+    Args:
+        program: what to run; it holds the levels and how the network's output is read.
+        denoiser: what the program was recorded with.
+        z0: [B, *state] of a floating dtype.
+        noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules: as for
+            `sample`.
+
+    Returns:
+        [B, *state] of z0's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit, before any model call.
+        NonFiniteError: with ``check_finite``, naming the step and the level.
+
+    Example:
+        Inversion: Heun's method up the levels, from data to the noise that it comes from.
+
+        >>> import torch, gradsampler as gs
+        >>> denoiser, data = lambda x, sigma: 0.5 * x, torch.ones(1, 3)
+        >>> up = gs.schedules.karras(50, sigma_min=0.1, sigma_max=10.0).flip(0)
+        >>> inversion = gs.solvers.Heun().program(up, denoiser)
+        >>> noise = gs.integrate(inversion, denoiser, data / up[0]) / up[-1]
+        >>> (gs.sample(denoiser, noise, up.flip(0), solver="heun") - data).abs().max() < 1e-3
+        tensor(True)
+    """
+    z0 = _checks.batched("z0", z0)
+    _checks.valued("z0", z0)
+    if not isinstance(program, Program):
+        _checks.fail_type("program", "be recorded by a Solver or a Recorder", program)
+    model = parameterize(denoiser, "x0").naming(modules)
+    z0 = _checks.savable(z0)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
     strategy = memories.resolve(memory)

@@ -24,6 +24,7 @@ __all__ = [
     "karras",
     "polyexponential",
     "respace",
+    "restart",
     "vp",
 ]
 
@@ -152,6 +153,56 @@ def vp(
         _checks.fail("vp: eps_s", "be below 1", eps_s)
     t = _even(1.0, eps_s, count)
     return _levels("vp", torch.expm1(t * (beta_d * t / 2 + beta_min)).sqrt(), final)
+
+
+def restart(
+    levels: Tensor,
+    t_min: float,
+    t_max: float,
+    steps: int,
+    times: int = 1,
+    rho: float = 7.0,
+) -> Tensor:
+    """Levels that go back up, for ``solver="restart"`` (Xu et al. 2023, arXiv 2306.14878).
+
+    From the level nearest to t_min they return to that nearest to t_max, and come down again in
+    ``steps`` steps, evenly spaced in sigma^(1/rho); that ``times`` times. Several such intervals
+    are put in one after the other. They are k-diffusion's of AUTOMATIC1111's restart sampler.
+
+    Args:
+        levels: [N+1] falling levels, as from ``karras``.
+        t_min, t_max: where to go up, and how far.
+        steps: of one way down, at least 1.
+        times: how often, at least 1.
+        rho: above 0.
+
+    Returns:
+        [N+1 + times * (steps + 1)] float64.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or no level lies between the two.
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> levels = torch.tensor([9.0, 4.0, 1.0, 0.0], dtype=torch.float64)
+        >>> gs.schedules.restart(levels, 1.0, 9.0, steps=2, rho=2).tolist()
+        [9.0, 4.0, 1.0, 9.0, 4.0, 1.0, 0.0]
+    """
+    levels = _checks.floating("restart: levels", levels).to("cpu", torch.float64)
+    if levels.ndim != 1 or len(levels) < 2:
+        _checks.fail("restart: levels", "have shape [N+1] with N >= 1 steps", list(levels.shape))
+    ends = [_positive("restart: t_min", t_min), _positive("restart: t_max", t_max)]
+    steps = _checks.integer("restart: steps", steps, 1)
+    times = _checks.integer("restart: times", times, 1)
+    low, high = (int((levels.detach() - end).abs().argmin()) for end in ends)
+    if high >= low or not levels[low] > 0:
+        found = f"{levels[low].item():.6g} and {levels[high].item():.6g}"
+        _checks.fail("restart: t_max", "be nearest to a level above t_min's, both positive", found)
+    power = 1 / _positive("restart: rho", rho)
+    top, bottom = levels[high] ** power, levels[low] ** power
+    down = (top + _even(0.0, 1.0, steps + 1) * (bottom - top)) ** rho
+    down = torch.cat([levels[high : high + 1], down[1:-1], levels[low : low + 1]])
+    return torch.cat([levels[: low + 1], *[down] * times, levels[low + 1 :]])
 
 
 def flow(steps: int, shift: float = 1.0) -> Tensor:

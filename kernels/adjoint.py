@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsampler.contract import SIGNED_ROLL, SINCOS, Draw
+from gradsampler.contract import OF_Z0, SIGNED_ROLL, Draw
 from gradsampler.kernels import launch
 from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import LAST, NONE, coefficient, pull_back, read, tile, write
@@ -118,7 +118,7 @@ def adjoint_step(
         dtype, launch.dtype_of(g), *(x.dtype for x in lams), *launch.noise_dtypes(draw, z0)
     )
     inject = launch.injection(draw, z0, compute)
-    if inject.kind not in (SINCOS, SIGNED_ROLL) or launch.is_zero(noise_coef):
+    if inject.kind not in OF_Z0 or launch.is_zero(noise_coef):
         dz0 = None
     ca, a_stride = launch.coefficients(a, compute)
     cb, b_stride = launch.coefficients(() if b is None else b, compute)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsampler.contract import GIVEN, SIGNED_ROLL, SINCOS, Draw, StepGrads
+from gradsampler.contract import GIVEN, OF_Z0, SIGNED_ROLL, SINCOS, Draw, StepGrads
 from gradsampler.kernels import launch
 from gradsampler.kernels.launcher import Launcher
 from gradsampler.kernels.noise import (
@@ -265,7 +265,7 @@ def step_bwd(
     per_sample = kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     normal = inject_.normal and needs_noise_coef
     block = block or launch.block_size(normal, compute)
-    pulls = dz0 is not None and kind in (SINCOS, SIGNED_ROLL)
+    pulls = dz0 is not None and kind in OF_Z0
     pulls = pulls and not launch.is_zero(noise_coef)
     reads = needs_coefs or clamp is not None
     given, dz0 = kind == GIVEN and needs_given, dz0 if pulls else None

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oldest versions that pyproject.toml promises, as pip takes them; for ``make test-oldest``.
 
-python -P tests/oldest_versions.py          # torch==2.11 numpy==1.26 ...
+Without arguments all of them (torch==2.11 numpy==1.26 ...), else those of the named packages.
 """
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,9 +22,14 @@ def versions() -> list[str]:
     """Of what the build, the package and its tests need."""
     told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     project, build = told["project"], told["build-system"]["requires"]
-    named = [*build, *project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    named = [*build, *project["dependencies"]]
+    for each in extras["test"]:  # of which one is another extra of ours
+        inner = re.fullmatch(r"gradsampler\[(\w+)\]", each)
+        named += extras[inner[1]] if inner else [each]
     return [oldest(each) for each in named if not each.startswith(ELSEWHERE)]
 
 
 if __name__ == "__main__":
-    print(*versions())
+    wanted = sys.argv[1:]
+    print(*(each for each in versions() if not wanted or each.split("==")[0] in wanted))

@@ -172,7 +172,7 @@ def test_a_run_that_64_bits_do_not_hold_keeps_its_states():
 # Agreement with plain autograd.
 
 
-@pairs(costly=False, solver=sorted(set(SOLVERS) - {"midpoint_reversible"}), kind=KINDS, room=ROOM)
+@pairs(solver=sorted(set(SOLVERS) - {"midpoint_reversible"}), kind=KINDS, room=ROOM)
 def test_same_gradients_for_every_target(solver, kind, room, free):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "cond": {"shift": shift}}

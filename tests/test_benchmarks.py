@@ -3,6 +3,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,21 @@ def test_gpu_benchmark_rehearses_every_part():
     for part in ("step_fwd philox", "step_bwd signed_roll", "adjoint_step", "launch", "crossover"):
         assert part in done.stdout
     assert "leap int64 signed_roll undone" in done.stdout
+    for section in ("launch", "crossover", "bandwidth", "peaks", "times", "long"):
+        assert re.search(rf"^section {section}: [1-9]\d* rows in ", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1].startswith("rehearsed")
+
+
+def test_gpu_benchmark_runs_sections_by_name():
+    pytest.importorskip("triton")
+    done = run("benchmarks/gpu.py", "launch", "--rehearse")
+    assert done.returncode == 0, done.stderr
+    for way in ("triton", "triton's own launch", "registered op, out", "ancestral op", "eager"):
+        assert re.search(rf"^launch {way} +[\d.]+ us a step", done.stdout, re.MULTILINE), way
+    assert "crossover" not in done.stdout
+    done = run("benchmarks/gpu.py", "lunch", "--rehearse")
+    assert done.returncode == 2
+    assert "no section lunch: there are launch, crossover, bandwidth" in done.stderr
 
 
 @pytest.mark.thorough

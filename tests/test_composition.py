@@ -12,46 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from support import euler as by_hand
+from support.compiling import compiling
 from support.gradients import assert_close, gradients
+from support.networks import Layers
 from support.problems import normal
 from support.runs import leaf
-from support.strategies import STRATEGIES, replaying, strategies
-from support.tiers import pairs
+from support.strategies import REPLAYING, STRATEGIES, replaying, strategies
+from support.tiers import few, pairs
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
 euler = partial(by_hand.euler, sigmas=SIGMAS)
-
-SIZE = 6
-
-
-class Layers(nn.Module):
-    """Two blocks, each through ``around(block, x)``."""
-
-    def __init__(self, dropout=0.0, dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(4)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2)
-        )
-        self.to(dtype)
-        self.around = lambda block, x: block(x)
-
-    def forward(self, x, sigma):
-        for block in self.blocks:
-            x = self.around(block, x)
-        return x * torch.cos(sigma).to(x.dtype).view(-1, 1)
 
 
 def run(sampler, net, dtype=torch.float64):
     """The sample and the gradients of a sampler of (denoiser, z0)."""
     torch.manual_seed(7)
-    z0 = leaf(normal(3, SIZE, dtype=dtype))
+    z0 = leaf(normal(3, Layers.size, dtype=dtype))
     x = sampler(net, z0)
     torch.manual_seed(8)  # backward must not depend on it
     return x.detach(), *gradients(x, [z0, *net.parameters()])
@@ -124,27 +105,6 @@ def test_autocast(where, memory, tmp_path):
 # Compiled denoisers.
 
 
-# Torch warns of itself where it compiles for an input with a graph, and where it loads inductor.
-compiles = [
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
-]
-
-
-def compiling(test):
-    for mark in compiles:
-        test = mark(test)
-    return test
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pairs(solver=["euler", "heun"], memory=STRATEGIES)
 @compiling
 def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
@@ -159,7 +119,7 @@ def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
     assert counter.frame_count == 1
 
 
-@replaying
+@pytest.mark.parametrize("memory", few(REPLAYING, "checkpoint", "revolve:1+2"))
 @compiling
 def test_dropout_in_a_compiled_denoiser(memory, tmp_path):
     net = torch.compile(Layers(0.4), backend="aot_eager")
@@ -176,6 +136,82 @@ def test_a_denoiser_compiled_to_machine_code(tmp_path, monkeypatch):
         assert_all_close(run(strategy(memory, tmp_path), compiled, torch.float32), expected, 1e-5)
 
 
+# Compiled callers.
+
+
+class Breaks:
+    """Counts the graphs that a caller is broken into, and the operators that are in them."""
+
+    def __init__(self, function):
+        torch._dynamo.reset()
+        self.counter = CompileCounterWithBackend("aot_eager")
+        self.compiled = torch.compile(function, backend=self.counter)
+
+    @property
+    def count(self):
+        return self.counter.frame_count - 1
+
+
+@pytest.mark.parametrize("memory", few(["auto", "store", "checkpoint"], "auto"))
+@compiling
+def test_a_run_in_a_compiled_function_is_one_break_of_its_graph(memory):
+    net, shift = Layers(), leaf(normal(Layers.size, seed=1))
+
+    def image(z0):
+        x = gs.sample(net, 2 * z0 + shift, SIGMAS, memory=memory)
+        return torch.tanh(3 * x)
+
+    def loop(z0):
+        return torch.tanh(3 * euler(net, 2 * z0 + shift))
+
+    breaks, z0 = Breaks(image), leaf(normal(3, Layers.size))
+    inputs = [z0, shift, *net.parameters()]
+    expected = loop(z0)
+    for _ in range(2):
+        got = breaks.compiled(z0)
+        assert_close(got.detach(), expected.detach())
+        wanted = gradients(expected, inputs, retain_graph=True)
+        assert_all_close(gradients(got, inputs), wanted)
+    assert breaks.count == 1
+    assert breaks.counter.op_count == 4  # those around the call, and none of the run's
+
+
+@compiling
+@pytest.mark.thorough
+def test_other_entries_in_a_compiled_function_are_one_break_each():
+    program = gs.solvers.resolve("euler").program(
+        SIGMAS, gs.parameterization.parameterize(torch.tanh, "x0")
+    )
+
+    def step(x, i):
+        return torch.tanh(x) + i
+
+    def through(call):
+        return lambda z0: 2 * call(3 * z0)
+
+    calls = {
+        "iterate": lambda z0: gs.iteration.iterate(step, z0, 3),
+        "integrate": lambda z0: gs.integrate(program, lambda x, s: torch.tanh(x), z0),
+    }
+    for call in calls.values():
+        breaks, z0 = Breaks(through(call)), leaf(normal(3, 4))
+        (got,) = gradients(breaks.compiled(z0), [z0])
+        assert_close(got, *gradients(through(call)(z0), [z0]))
+        assert breaks.count == 1
+
+
+@compiling
+@pytest.mark.thorough
+def test_a_denoiser_that_is_compiled_in_a_compiled_function():
+    net, z0 = Layers(), leaf(normal(3, Layers.size))
+    counter = CompileCounterWithBackend("aot_eager")
+    inner = torch.compile(net, backend=counter)
+    breaks = Breaks(lambda z0: 2 * gs.sample(inner, 3 * z0, SIGMAS, memory="checkpoint"))
+    (got,) = gradients(breaks.compiled(z0), [z0])
+    assert_close(got, *gradients(2 * euler(net, 3 * z0), [z0]))
+    assert breaks.count == counter.frame_count == 1
+
+
 # Functional calls.
 
 
@@ -189,7 +225,7 @@ def test_a_functional_call(memory, tmp_path):
         weights = {name: scale * p for name, p in free.items()}
         return torch.func.functional_call(net, weights, (x, sigma))
 
-    z0 = leaf(normal(3, SIZE))
+    z0 = leaf(normal(3, Layers.size))
     expected = gradients(euler(denoiser, z0), [z0, *inputs])
     got = gradients(strategy(memory, tmp_path)(denoiser, z0), [z0, *inputs])
     assert_all_close(got, expected)
@@ -203,7 +239,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 def on_gpu():
     net = Layers(dtype=torch.float32).cuda().requires_grad_(False)
-    return net, leaf(normal(3, SIZE, dtype=torch.float32).cuda())
+    return net, leaf(normal(3, Layers.size, dtype=torch.float32).cuda())
 
 
 @gpu
@@ -228,7 +264,7 @@ def test_a_run_in_a_cuda_graph(target, solver):
         static = whole()
     for seed in (1, 2):
         with torch.no_grad():
-            z0.copy_(normal(3, SIZE, seed=seed))
+            z0.copy_(normal(3, Layers.size, seed=seed))
         graph.replay()
         assert_all_close(static, whole(), 1e-6)
 

@@ -1006,11 +1006,12 @@ def test_the_packages_check_runs_through_the_drop_in(monkeypatch, noise):
 
     monkeypatch.setattr(gradient_flow, "sample", through)
     z0 = torch.zeros(1, 2, 2, 8, 8, requires_grad=True)
-    report = gradient_flow.check(gradient_flow.affine_denoiser, z0, noise)
+    settings = {"noise": noise, "churn": gs.Churn(0.8), "memory": "checkpoint"}
+    report = gs.check(gradient_flow.affine_denoiser, z0, gs.schedules.karras(4), **settings)
     assert report.passed, report
-    assert len(report.lines) == 5
-    assert used == [noise]
-    broken = gradient_flow.check(under_no_grad, z0, noise)
+    assert len(report.lines) == 6
+    assert set(used) == {noise}
+    broken = gs.check(under_no_grad, z0, gs.schedules.karras(4), **settings)
     assert not broken.passed
     assert "a denoiser that detaches, at step 0 of 4" in broken.broken
 

@@ -356,7 +356,7 @@ OBJECTS: dict[str, Maker] = {
     "flow-network": (lambda: gs.Flow(3), ("Flow", "network", "callable", "int"), TypeError),
     "guided-denoiser": (lambda: gs.Guided(3, 2.0, {}), ("denoiser", "callable", "int"), TypeError),
     "guided-scale-shape": (
-        lambda: gs.Guided(tanh, normal(2), {}), ("Guided", "scale", "[]", "[2]"), ValueError
+        lambda: gs.Guided(tanh, normal(2, 3), {}), ("Guided", "scale", "[N]", "[2, 3]"), ValueError
     ),
     "guided-scale-nan": (lambda: gs.Guided(tanh, NAN, {}), ("Guided", "scale", "nan"), ValueError),
     "guided-unconditional": (

@@ -18,6 +18,20 @@ modes = pytest.mark.parametrize("noise", MODES.values(), ids=MODES)
 NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?)"
 
 
+def check(denoiser, z0, noise, *, steps=4, solver="res_2ab", **options):
+    """The check as the command line has it: churn of a fifth, for which any noise is injected."""
+    return gs.check(
+        denoiser,
+        z0,
+        gs.schedules.karras(steps),
+        solver=solver,
+        noise=noise,
+        churn=gs.Churn(0.2 * steps),
+        memory="checkpoint",
+        **options,
+    )
+
+
 def start(*shape):
     return normal(*(shape or SHAPE)).requires_grad_()
 
@@ -68,13 +82,13 @@ def loss_of(z0, n, inject):
 @modes
 def test_numbers_are_those_of_a_loop_by_hand(noise, steps):
     z0, inject = start(), noise == MODES["sincos"]
-    report = gradient_flow.check(affine, z0, noise, steps=steps)
+    report = check(affine, z0, noise, steps=steps)
     loss = loss_of(z0, steps, inject)
     (gradient,) = torch.autograd.grad(loss, z0)
     first = gradient / (gradient.abs() + 1e-8)  # Adam's first step for lr = 1
     assert report.passed
     lines = report.lines
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[0] == f"forward: sample of shape {list(SHAPE)}, requires_grad=True"
     assert lines[1].startswith(f"anchor z0: shape {list(SHAPE)}, requires_grad=True")
     (found,) = re.findall(rf"loss {NUMBER}", lines[2])
@@ -99,8 +113,8 @@ def test_the_loop_by_hand_has_the_gradient_of_central_differences(noise):
 
 
 @modes
-def test_prints_five_numbered_lines_and_a_verdict(noise):
-    text = str(gradient_flow.check(gradient_flow.affine_denoiser, start(), noise)).splitlines()
+def test_prints_six_numbered_lines_and_a_verdict(noise):
+    text = str(check(gradient_flow.affine_denoiser, start(), noise)).splitlines()
     heads = [line.split(":")[0].strip() for line in text]
     assert heads == [
         "1. forward",
@@ -108,6 +122,7 @@ def test_prints_five_numbered_lines_and_a_verdict(noise):
         "3. loss and backward",
         "4. gradient",
         "5. optimiser update",
+        "6. differences",
         "the gradient arrives",
     ]
 
@@ -116,14 +131,14 @@ def test_prints_five_numbered_lines_and_a_verdict(noise):
 def test_leaves_z0_alone(noise):
     z0 = start()
     before = z0.detach().clone()
-    gradient_flow.check(affine, z0, noise)
+    check(affine, z0, noise)
     assert torch.equal(z0, before)
     assert z0.grad is None
 
 
 def test_ascends():
     z0 = start()
-    report = gradient_flow.check(affine, z0, gs.noise.SinCos(), lr=0.25)
+    report = check(affine, z0, gs.noise.SinCos(), lr=0.25)
     assert "difference 0.25" in report.lines[4]
 
 
@@ -160,7 +175,7 @@ class Reparameterised(gs.noise.NoiseSource):
     ],
 )
 def test_finds_nothing_wrong_with(noise):
-    report = gradient_flow.check(affine, start(), noise)
+    report = check(affine, start(), noise)
     assert report.passed, report.broken
 
 
@@ -172,7 +187,7 @@ def test_finds_nothing_wrong_with(noise):
 def test_names_a_lack_of_grad_mode(noise, mode):
     z0 = start()
     with mode():
-        report = gradient_flow.check(affine, z0, noise)
+        report = check(affine, z0, noise)
     assert not report.passed
     assert report.broken[0].startswith("no grad mode")
     assert len(report.broken) == 1
@@ -184,7 +199,7 @@ def test_names_a_lack_of_grad_mode(noise, mode):
 
 @modes
 def test_names_z0_without_requires_grad(noise):
-    report = gradient_flow.check(affine, start().detach(), noise)
+    report = check(affine, start().detach(), noise)
     assert not report.passed
     assert report.broken[0].startswith("z0 without requires_grad")
     assert len(report.broken) == 1
@@ -194,7 +209,7 @@ def test_names_z0_without_requires_grad(noise):
 
 def test_names_both_of_two():
     with torch.no_grad():
-        report = gradient_flow.check(affine, start().detach(), gs.noise.SinCos())
+        report = check(affine, start().detach(), gs.noise.SinCos())
     assert [link.split(",")[0] for link in report.broken] == [
         "no grad mode",
         "z0 without requires_grad",
@@ -226,7 +241,7 @@ class Trained(nn.Module):
     "denoiser", [blind, detaching, Trained()], ids=["no_grad", "detach", "detach with parameters"]
 )
 def test_names_a_denoiser_that_detaches(noise, denoiser):
-    report = gradient_flow.check(denoiser, start(), noise)
+    report = check(denoiser, start(), noise)
     assert not report.passed
     assert report.broken == ["a denoiser that detaches, at step 0 of 4"]
     assert "arrives" not in str(report)
@@ -240,13 +255,13 @@ def test_names_the_step_at_which_a_denoiser_detaches(noise, step):
     def denoiser(x, sigma):
         return affine(x.detach() if math.isclose(sigma[0].item(), level, rel_tol=1e-6) else x, 0)
 
-    report = gradient_flow.check(denoiser, start(), noise)
+    report = check(denoiser, start(), noise)
     assert report.broken == [f"a denoiser that detaches, at step {step} of 4"]
 
 
 def test_a_detaching_denoiser_is_no_warning():
     """Under the suite's filter a warning that leaves the check would be an error."""
-    assert not gradient_flow.check(detaching, start(), gs.noise.Off()).passed
+    assert not check(detaching, start(), gs.noise.Off()).passed
 
 
 class Drawn(gs.noise.NoiseSource):
@@ -266,7 +281,7 @@ class DrawnLater(Drawn):
 
 @pytest.mark.parametrize("source", [Drawn(), DrawnLater()], ids=["always", "after the first step"])
 def test_names_noise_drawn_without_reparameterisation(source):
-    report = gradient_flow.check(affine, start(), source)
+    report = check(affine, start(), source)
     assert not report.passed
     (link,) = report.broken
     assert link.startswith(f"noise drawn without reparameterisation, {type(source).__name__}.at")
@@ -291,4 +306,4 @@ def test_names_noise_drawn_without_reparameterisation(source):
 def test_names_the_argument_that_does_not_fit(options, message):
     arguments = {"denoiser": affine, "z0": start(), "noise": gs.noise.Off()} | options
     with pytest.raises((ValueError, TypeError), match=message):
-        gradient_flow.check(**arguments)
+        check(**arguments)

@@ -11,9 +11,9 @@ from support.gradients import check
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels, solvers
+from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels
 from support.strategies import MEMORIES, memories
-from support.tiers import pairs
+from support.tiers import once, pairs
 
 FLOW_SOLVERS = gs.solvers.names(flow=True)
 TIMES = (0.95, 0.6, 0.35, 0.1)
@@ -37,8 +37,7 @@ def test_every_target_at_once(solver, kind, memory):
     check(run, z0, upper, shift, net.weight, net.bias, *tensors, whole=True)
 
 
-@memories
-@solvers
+@once(solver=SOLVERS, memory=MEMORIES)
 def test_of_a_run_down_to_level_zero(solver, memory):
     # Today's tools give NaN for the gradient to the levels here.
     z0, upper, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), Net()
@@ -51,8 +50,7 @@ def test_of_a_run_down_to_level_zero(solver, memory):
     check(run, z0, upper, net.weight)
 
 
-@memories
-@solvers
+@once(solver=SOLVERS, memory=MEMORIES)
 def test_of_the_final_level(solver, memory):
     z0, last, net = normal(2, 3), leaf(levels(LEVELS[-1:])), Net()
 
@@ -63,8 +61,7 @@ def test_of_the_final_level(solver, memory):
     check(run, last)
 
 
-@memories
-@solvers
+@once(solver=SOLVERS, memory=MEMORIES)
 def test_of_a_single_step(solver, memory):
     z0, sigmas, net = leaf(normal(2, 3)), leaf(levels([2.0, 0.4])), Net()
     options = injecting(solver)
@@ -76,17 +73,14 @@ def test_of_a_single_step(solver, memory):
     )
 
 
-@memories
-@solvers
+@once(solver=SOLVERS, memory=MEMORIES)
 def test_with_the_last_prediction_returned(solver, memory):
     z0, sigmas, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), Net()
     options = injecting(solver) | {"solver": solver, "final_denoise": True}
     check(lambda: gs.sample(net, z0, sigmas, memory=memory, **options), z0, sigmas, net.weight)
 
 
-@memories
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@solvers
+@pairs(solver=SOLVERS, prediction=["epsilon", "v"], memory=MEMORIES)
 def test_of_every_prediction_kind(solver, prediction, memory):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "prediction": prediction}
@@ -99,10 +93,7 @@ def test_of_every_prediction_kind(solver, prediction, memory):
     )
 
 
-@memories
-@pytest.mark.parametrize("final", [0.1, 0.0], ids=["to-0.1", "to-0"])
-@pytest.mark.parametrize("first", [0.95, 1.0], ids=["from-0.95", "from-1"])
-@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+@pairs(solver=FLOW_SOLVERS, first=[0.95, 1.0], final=[0.1, 0.0], memory=MEMORIES)
 def test_in_flow_time(solver, first, final, memory):
     z0, shift, net = leaf(normal(2, 3)), leaf(normal(3)), Net()
     inner, upper = leaf(levels(TIMES[1:-1])), levels([first])
@@ -136,9 +127,11 @@ WRAPPERS = {
 }
 
 
-@memories
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("solver", ["heun", "dpmpp_2m", "euler_ancestral", "res_2mid"])
+@pairs(
+    wrapper=WRAPPERS,
+    solver=["heun", "dpmpp_2m", "euler_ancestral", "res_2mid"],
+    memory=MEMORIES,
+)
 def test_through_every_wrapper(solver, wrapper, memory):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), leaf(normal(3)), Net()
     scale = leaf(torch.tensor(1.7, dtype=torch.float64))

@@ -1109,7 +1109,7 @@ def test_bad_step_maps():
         iterate(None, x, 2)
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
         iterate(lambda x, i: x, x, 0)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, \*state\]"):
+    with pytest.raises(ValueError, match=r"state must have shape \[B, \*state\]"):
         iterate(lambda x, i: x, torch.ones(2), 1)
     with pytest.raises(ValueError, match=r"at step 0 must have shape \[1, 2\]"):
         iterate(lambda x, i: x[:, :1], x, 1)

@@ -32,7 +32,8 @@ FLOORS = [
     "app.*",
     "integrations.*",
     "optimization.* gradient_flow iteration decoding.*",
-    "sampling",
+    "comparisons differences",
+    "sampling layout",
     "memory.*",
     "arguments",
     "solvers.*",
@@ -41,16 +42,18 @@ FLOORS = [
     "ops.*",
     "kernels.*",
     "noise.*",
+    "guidance",
     "parameterization schedules models.*",
+    "timesteps",
     "coordinates elementary",
-    "contract _checks _version",
+    "contract _checks _uncompiled _version",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 # Rooms that few may enter, however far below; and those which lean on little of ours.
 GUESTS = {
     "kernels.*": "ops.backends",
-    "ops.library": "ops.functional memory.store",
+    "ops.library": "ops.*",
     "ops.native": "ops.backends app.cli",
     "models.*": "app.*",
     "_version": "app.*",
@@ -265,6 +268,20 @@ def test_no_test_module_imports_another(path):
     assert not {part for part in parts if part.startswith("test_") or part == "conftest"}
 
 
+CITED = re.compile(r"(?<![\w.*/<-])((?:\w[\w-]*/)*\w+\.(?:md|py|h|cpp|cu|cuh))\b")
+OURS = [*ROOT.glob("*.md"), *(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_files_that_are_named_exist(path):
+    folders = ("gradsampler", "kernels", "csrc", "tests", "benchmarks", "examples", "docs")
+    tree = {p.name for folder in folders for p in (ROOT / folder).rglob("*.*")}
+    tree |= {p.name for p in ROOT.iterdir()}
+    assert {
+        name for name in CITED.findall(path.read_text()) if Path(name).name not in tree
+    } == set()
+
+
 # ------------------------------------------------------------------ what is public
 
 PUBLIC = [
@@ -281,7 +298,10 @@ PUBLIC = [
     "StepInfo",
     "__version__",
     "backends",
+    "check",
     "decode",
+    "integrate",
+    "iterate",
     "memory",
     "noise",
     "ops",

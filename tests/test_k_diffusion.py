@@ -29,6 +29,8 @@ def ours(row):
         churn = gs.Churn(options.pop("s_churn"), s_noise=options.pop("s_noise"))
     if "solver_type" in options:
         options["variant"] = options.pop("solver_type")
+    if row["function"] == "dpmpp_sde":
+        options["independent"] = True
     if "n" in options:
         options["evaluations"] = options.pop("n")
         steps = options["evaluations"] // 3 + 1

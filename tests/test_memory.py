@@ -45,7 +45,7 @@ def assert_same_gradients(output, expected, inputs, tolerance=1e-12):
 # Agreement of the strategies.
 
 
-@pairs(costly=False, solver=SOLVERS, kind=KINDS, dtype=TOLERANCE)
+@pairs(solver=SOLVERS, kind=KINDS, dtype=TOLERANCE)
 def test_strategies_agree_on_every_target(solver, kind, dtype):
     z0, net = leaf(normal(4, 5, dtype=dtype)), Net(size=5, dtype=dtype)
     sigmas, shift = leaf(MANY), leaf(normal(5, dtype=dtype))

@@ -31,7 +31,7 @@ def near(got, expected, dtype):
 
 
 def ancestral64(x, model_output, table, noise, clamp, nonzero):
-    """MATH.md 5 in float64; table [B, 6]."""
+    """Nichol and Dhariwal 2021, equations 9 and 15, in float64; table [B, 6]."""
     shape = (len(x), *[1] * (x.ndim - 1))
     r1, r2, c1, c2, high, low = (table[:, k].reshape(shape) for k in range(6))
     eps, v = model_output, None

@@ -72,7 +72,7 @@ def gradients(solver, name, memory, dtype, backend, device):
     return x.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-@pairs(costly=False, solver=SOLVERS, name=KINDS, memory=["store", "checkpoint"])
+@pairs(solver=SOLVERS, name=KINDS, memory=["store", "checkpoint"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_and_its_gradients_agree_with_the_reference(device, solver, name, memory):
     for dtype, tolerance in ((F64, 1e-12), (F32, 1e-5)):

@@ -450,3 +450,40 @@ def test_out_of_a_wrong_shape_is_left_alone():
     with pytest.raises(ValueError, match="out"):
         gs.ops.step([X], [1.0], out=out)
     assert (out == 7).all()
+
+
+# ------------------------------------------------------------------ out is written
+
+
+def places(case, x, z0):
+    """An ``out`` that overlaps what is read, or lies in memory of its own kind."""
+    if case == "a term":
+        return x
+    if case == "z0":
+        return z0
+    if case == "transposed":
+        return torch.empty(4, 3, dtype=x.dtype).T
+    return z0._base[1:4]  # one row on from z0
+
+
+@pytest.mark.parametrize("case", ["a term", "z0", "transposed", "shifted"])
+@pytest.mark.parametrize("source", [None, gs.noise.SinCos(), gs.noise.SignedRoll(5)], ids=repr)
+def test_out_may_overlap_what_is_read(case, source):
+    """The expected values are those of copies, by the definition of the noise."""
+    x, d = normal(3, 4, seed=1), normal(3, 4, seed=2)
+    z0 = normal(5, 4, seed=3)[0:3]
+    n = 0.0 if source is None else source.at(z0.clone(), 2, 5)
+    expected = 0.5 * x - 1.5 * d + 0.7 * n
+    out = places(case, x, z0)
+    amount = 0.0 if source is None else 0.7
+    given = {} if source is None else {"z0": z0, "noise": source, "step": 2, "num_steps": 5}
+    result = gs.ops.step([x, d], [0.5, -1.5], **given, noise_coef=amount, out=out)
+    assert result is out
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_out_is_refused_before_anything_is_written():
+    x, out = leaf(normal(3, 4)), torch.zeros(3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="step: out must be None where a gradient is recorded"):
+        gs.ops.step([x], [2.0], out=out)
+    assert not out.any()

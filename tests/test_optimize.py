@@ -861,7 +861,7 @@ def test_names_an_unwritable_folder(tmp_path):
         ({"sigmas": [1.0, 1.0]}, "sigmas must decrease strictly"),
         ({"sigmas": [1.0]}, "sigmas must have shape"),
         ({"sigmas": torch.tensor(1.0)}, "sigmas must have shape"),
-        ({"sigmas": [math.inf, 1.0]}, "sigmas must be finite"),
+        ({"sigmas": [1.0, math.nan]}, "sigmas must be finite"),
         ({"solver": "eulr"}, "solver must be one of .*did you mean 'euler'"),
         ({"memory": "chekpoint"}, "memory must be one of .*did you mean 'checkpoint'"),
         ({"checkpoint": 3.5}, "checkpoint must "),

@@ -521,8 +521,8 @@ ERRORS = {
         ValueError,
         "VP: alphas_cumprod must decrease within (0, 1), got",
     ),
-    "VP-reaches-0": (
-        lambda: gs.VP(network, torch.tensor([0.5, 0.0])),
+    "VP-passes-0": (
+        lambda: gs.VP(network, torch.tensor([0.5, 0.0, -0.1])),
         ValueError,
         "VP: alphas_cumprod must decrease within (0, 1), got",
     ),
@@ -542,9 +542,9 @@ ERRORS = {
         "Guided: scale must be a finite number, got nan",
     ),
     "Guided-vector": (
-        lambda: gs.Guided(network, torch.ones(2), {}),
+        lambda: gs.Guided(network, torch.ones(2, 3), {}),
         ValueError,
-        "Guided: scale must have shape [], got [2]",
+        "Guided: scale must have shape [] or [N], one a step, got [2, 3]",
     ),
     "Guided-integer": (
         lambda: gs.Guided(network, torch.tensor(2), {}),

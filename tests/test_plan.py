@@ -20,6 +20,7 @@ from gradsampler.memory.planning.footprint import measured
 from gradsampler.memory.planning.gauge import Live, gauge
 from gradsampler.memory.planning.rehearsal import Rehearsal
 from support.alive import Watched, no_collector
+from support.noises import Bent
 from support.problems import normal
 from support.runs import leaf
 from support.tiers import few
@@ -63,6 +64,12 @@ CASES = {
     "final": {"solver": "dpmpp_2m", "final_denoise": True},
     "leapfrog": {"solver": "midpoint_reversible"},
     "leapfrog-churn": {"solver": "midpoint_reversible", "churn": gs.Churn(5.0)},
+    "own-noise": {"solver": "dpmpp_2m_sde", "noise": gs.noise.Mixture(Bent(), 0.5)},
+    "own-noise-leapfrog": {
+        "solver": "midpoint_reversible",
+        "churn": gs.Churn(5.0),
+        "noise": Bent(),
+    },
 }
 
 
@@ -80,6 +87,7 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
         ("dpmpp_2m", True),
         ("euler", False),
         ("leapfrog", True),
+        ("own-noise", True),
     ),
 )
 def test_peaks_of_eight_steps(case, frozen):

@@ -31,9 +31,9 @@ from gradsampler.engine.program import (
     fused,
     transpose,
 )
+from gradsampler.guidance import Guided
 from gradsampler.parameterization import (
     EDM,
-    Guided,
     Parameterization,
     Preconditioning,
     Prediction,
@@ -160,8 +160,8 @@ def matrix(program, model):
         else:
             jacobians = model.maps[round(numbers[instruction.c_noise].item()) - 1]
             scaled = numbers[instruction.c_in] * slots[instruction.state]
-            for slot, jacobian in zip(instruction.writes, jacobians, strict=True):
-                slots[slot] = jacobian @ scaled
+            for slot in instruction.writes:
+                slots[slot] = jacobians[slot.branch] @ scaled
     return slots[program.output]
 
 
@@ -191,8 +191,7 @@ def transposed_matrix(transposed, model, output, order):
             evaluation = instruction.evaluation
             jacobians = model.maps[round(numbers[evaluation.c_noise].item()) - 1]
             slots[instruction.writes] = sum(
-                jacobian.mT @ slots[slot]
-                for slot, jacobian in zip(evaluation.writes, jacobians, strict=True)
+                jacobians[slot.branch].mT @ slots[slot] for slot in evaluation.writes
             )
         else:
             assert isinstance(instruction, Absorption)

@@ -14,12 +14,12 @@ import torch
 import gradsampler as gs
 from gradsampler import models
 from gradsampler.app.demo import Demo
-from gradsampler.engine import replay
+from gradsampler.engine import buffers, replay
 from gradsampler.integrations import cosmos
 from gradsampler.memory import Revolve, auto, files, leapfrog
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path.name for path in ROOT.glob("*.md")] + [f"docs/{p.name}" for p in ROOT.glob("docs/*")]
+PAGES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
 
 
 @cache
@@ -135,8 +135,16 @@ def test_the_bits_of_reversible():
     )
 
 
-def test_what_a_replayed_call_is_compared_by():
-    assert int(told("docs/memory.md", r"sums over rows of (\d+) elements")) == replay._ROW
+def test_what_a_replayed_call_may_differ_by():
+    pattern = r"For float32 that is (\S+) of the output's size, for bfloat16 (\S+), and less"
+    single, half = told("docs/memory.md", pattern)
+    assert float(single) == replay._ROUNDING[torch.float32]
+    assert float(half) == replay._ROUNDING[torch.bfloat16]
+
+
+def test_the_room_for_buffers():
+    for page in ("docs/memory.md", "DESIGN.md"):
+        assert int(told(page, r"(\d+) MiB at most")) * 2**20 == buffers._ROOM
 
 
 def test_how_far_files_run_ahead():

@@ -18,13 +18,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
-from gradsampler.engine.generators import reachable
-from gradsampler.engine.replay import Sketch
+from gradsampler.engine.parts import reachable
+from gradsampler.engine.replay import Sketch, changed
 from support.euler import euler
 from support.gradients import assert_close, gradients
 from support.problems import normal
 from support.runs import leaf
 from support.strategies import STRATEGIES, replaying, strategies
+from support.tiers import pairs
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
 
@@ -152,14 +153,16 @@ HELD = {
 @pytest.mark.parametrize("place", HELD)
 def test_a_held_generator_is_found(place):
     generator = GLOBAL if place.startswith("global") else torch.Generator()
-    assert reachable(HELD[place](generator)) == [generator]
+    assert reachable(HELD[place](generator)).generators == [generator]
 
 
 def test_each_generator_is_found_once_and_circles_end():
     first, second = torch.Generator(), torch.Generator()
     circle = Holder(first)
     circle.itself, circle.data = [circle], list(range(10**6))
-    found = reachable(circle, {"a": first, "b": (second,)}, None, np.ones(3), torch.ones(3))
+    found = reachable(
+        circle, {"a": first, "b": (second,)}, None, np.ones(3), torch.ones(3)
+    ).generators
     assert sorted(map(id, found)) == sorted([id(first), id(second)])
 
 
@@ -302,24 +305,89 @@ def test_a_checkpointed_block_that_draws_from_a_generator_is_an_error(memory, tm
     assert z0.grad is None
 
 
+@replaying
+def test_two_elements_that_change_places_are_an_error(memory, tmp_path):
+    # Far from each other, in an output of which a sample of elements would show neither.
+    z0, calls = leaf(normal(2, 4, 32, 32)), []
+
+    def denoiser(x, sigma):
+        calls.append(sigma)
+        y = torch.tanh(x).flatten()
+        if len(calls) > len(SIGMAS) - 1:
+            order = torch.arange(len(y))
+            order[[1001, 6007]] = order[[6007, 1001]]
+            y = y[order]
+        return y.view(x.shape)
+
+    x = gs.sample(denoiser, z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))
+    with pytest.raises(gs.ReplayError, match="another output at step"):
+        x.sum().backward()
+    assert z0.grad is None
+
+
 # The comparison of a call with its replay.
 
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Far from a change, and far from rounding: the size of a change that must show in any element.
+VISIBLE = {torch.float64: 1e-7, torch.float32: 0.1, torch.float16: 0.5, torch.bfloat16: 1.0}
+SHAPES = [(2, 3), (4, 16), (2, 4, 64, 64), (1, 3, 97, 101), (1, 16411), (1, 4, 512, 512)]
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 64, 64), (1, 3, 97, 101)], ids=str)
-def test_a_change_in_one_place_is_seen(shape, dtype):
+
+def differs(first, again):
+    (flag,) = changed([(Sketch.of(first), Sketch.of(again))])
+    return flag
+
+
+@pairs(dtype=DTYPES, shape=SHAPES)
+def test_a_change_of_any_element_is_seen(shape, dtype):
     output = normal(*shape, dtype=dtype)
-    sketch = Sketch([output, output.mT])
-    assert not sketch.differs([output.clone(), output.mT])
-    side = min(8, *shape[-2:])
-    for corner in (slice(0, side), slice(-side, None)):
+    assert not differs(output, output.clone())
+    assert not differs(output.mT, output.mT)
+    places = torch.randperm(output.numel(), generator=torch.Generator().manual_seed(1))[:40]
+    for place in (0, -1, *places.tolist()):
         other = output.clone()
-        other[-1, ..., corner] = normal(*other[-1, ..., corner].shape, seed=5, dtype=dtype)
-        assert sketch.differs([output, other.mT])
+        other.view(-1)[place] += VISIBLE[dtype]
+        assert differs(output, other)
+        assert differs(output.mT, other.mT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rounding_is_not_taken_for_a_change(dtype):
-    output = 3 + normal(2, 4, 64, 64)
-    other = output * (1 + torch.finfo(dtype).eps * normal(2, 4, 64, 64, seed=1).sign())
-    assert not Sketch([output.to(dtype)]).differs([other.to(dtype)])
+@pairs(dtype=DTYPES, shape=[s for s in SHAPES if s != (2, 3)])
+def test_two_elements_that_change_places_are_seen(shape, dtype):
+    output = normal(*shape, dtype=dtype)
+    flat, generator = output.view(-1), torch.Generator().manual_seed(2)
+    unlike = 0
+    while unlike < 100:
+        i, j = torch.randint(len(flat), (2,), generator=generator).tolist()
+        if abs(flat[i] - flat[j]) < {torch.float16: 1.0, torch.bfloat16: 2.0}.get(dtype, 0.1):
+            continue
+        unlike += 1
+        other = output.clone()
+        other.view(-1)[[i, j]] = flat[[j, i]]
+        assert differs(output, other), (i, j)
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (2, 4, 64, 64)], ids=str)
+def test_samples_that_change_places_are_seen(shape):
+    output = normal(*shape)
+    assert differs(output, output.flip(0))
+    assert differs(output, output.roll(1, -1))
+    assert differs(output, -output)
+
+
+@pairs(share=[1e-3, 0.03, 1.0], mean=[0.0, 3.0, 100.0], dtype=DTYPES)
+def test_rounding_is_not_taken_for_a_change(share, mean, dtype):
+    for seed in range(20):
+        output = mean + normal(2, 4, 64, 64, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        hit = torch.rand(output.shape, generator=generator) < share
+        up = normal(2, 4, 64, 64, seed=seed + 50).sign() * torch.finfo(dtype).eps
+        other = torch.where(hit, output * (1 + up), output)
+        assert not differs(output.to(dtype), other.to(dtype))
+
+
+def test_a_float32_output_of_16_bit_arithmetic_may_be_rounded_so():
+    output = normal(2, 4, 64, 64, dtype=torch.float32)
+    other = output * (1 + 0.004 * normal(2, 4, 64, 64, seed=1).sign().float())
+    first, again = (Sketch.of(x, [torch.bfloat16]) for x in (output, other))
+    assert changed([(first, again)]) == [False]
+    assert differs(output, other)

@@ -534,7 +534,7 @@ def one_ulp(out):
 
 
 def slightly(out):
-    return out * (1 + 1e-5)
+    return out * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("final", ["sigma_min", "zero"])

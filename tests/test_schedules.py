@@ -6,6 +6,7 @@ import math
 import re
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -189,6 +190,49 @@ def test_flow_shift_is_inverted_by_its_reciprocal_and_mirrored(steps, shift):
     torch.testing.assert_close(t / (shift + (1 - shift) * t), even, rtol=1e-12, atol=1e-13)
     mirrored = 1 - schedules.flow(steps, 1 / shift).flip(0)
     torch.testing.assert_close(t, mirrored, rtol=1e-12, atol=1e-13)
+
+
+def test_restart_is_the_hand_worked_table():
+    levels = torch.tensor([25.0, 9.0, 4.0, 1.0, 0.0], dtype=torch.float64)
+    got = schedules.restart(levels, 1.1, 24.0, steps=4, times=2, rho=2)
+    way = [25.0, 16.0, 9.0, 4.0, 1.0]
+    assert got.tolist() == [25.0, 9.0, 4.0, 1.0, *way, *way, 0.0]
+
+
+def test_restart_agrees_with_the_web_uis_list():
+    """AUTOMATIC1111's default for 20 to 35 steps, as it puts pairs of levels together."""
+    main = schedules.karras(11, 0.03, 14.6, final="zero")
+    nearest = [int((main - end).abs().argmin()) for end in (0.1, 2.0)]
+    segment = schedules.karras(9, main[nearest[0]].item(), main[nearest[1]].item())
+    pairs = []
+    for i in range(len(main) - 1):
+        pairs.append((main[i].item(), main[i + 1].item()))
+        if i + 1 == nearest[0]:
+            pairs += zip(segment[:-1].tolist(), segment[1:].tolist(), strict=True)
+    levels = schedules.restart(main, 0.1, 2.0, steps=9).tolist()
+    falling = [(s, t) for s, t in pairwise(levels) if t < s]
+    assert falling == pairs
+    assert len(falling) == len(levels) - 2
+
+
+def test_restart_passes_gradients_to_the_levels():
+    levels = torch.tensor([9.0, 4.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: schedules.restart(x, 1.0, 9.0, 3), levels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"t_min": 4.0, "t_max": 4.0}, "restart: t_max must be nearest to a level above t_min's"),
+        ({"t_min": 0.1, "t_max": 9.0}, "both positive, got 0 and 9"),
+        ({"t_min": 1.0, "t_max": 9.0, "steps": 0}, "restart: steps must be at least 1, got 0"),
+        ({"t_min": -1.0, "t_max": 9.0}, "restart: t_min must be"),
+    ],
+)
+def test_a_restart_that_leads_nowhere_is_refused(arguments, message):
+    levels = torch.tensor([9.0, 4.0, 1.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        schedules.restart(levels, **{"steps": 2, **arguments})
 
 
 def test_linear_betas_are_evenly_spaced_and_scaled_to_the_number_of_steps():
@@ -633,7 +677,7 @@ def test_a_bad_type_is_refused_with_its_name_and_what_came(case):
 def test_the_public_names_are_chosen_and_their_examples_run():
     # fmt: off
     assert schedules.__all__ == ["alphas_cumprod", "betas", "discrete", "exponential", "flow",
-                                 "karras", "polyexponential", "respace", "vp"]
+                                 "karras", "polyexponential", "respace", "restart", "vp"]
     # fmt: on
     assert all(">>>" in getattr(schedules, name).__doc__ for name in schedules.__all__)
     assert doctest.testmod(schedules).failed == 0

@@ -9,9 +9,7 @@ import torch
 import gradsampler as gs
 from gradsampler import noise as noises
 from gradsampler import solvers
-from gradsampler.engine.program import Recorder
-from gradsampler.parameterization import parameterize
-from gradsampler.sampling import integrate
+from gradsampler.parameterization import Prediction
 from support.loops import LOOPS, Run
 from support.problems import Mixture, normal
 
@@ -49,7 +47,7 @@ OPTIONS = {
     "dpmpp_2m_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"variant": "heun", "eta": 0.5}],
     "dpmpp_2s_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
     "dpmpp_3m_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}],
-    "dpmpp_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}, {"r": 0.3}],
+    "dpmpp_sde": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"r": 0.3, "independent": True}],
     "er_sde": [{"order": 1}, {"order": 2}, {"s_noise": 0.8}, {"phi": square}],
     "euler_ancestral": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
     "gradient_estimation": [{"gamma": 1.5}],
@@ -57,6 +55,8 @@ OPTIONS = {
     "ipndm_v": [{"order": 1}, {"order": 2}, {"order": 3}],
     "lcm": [{"sigma_min": 0.2, "s_noise": 0.8}],
     "lms": [{"order": 1}, {"order": 2}, {"order": 3}],
+    "euler_cfg_pp": [{"eta": 0.5, "s_noise": 0.8}],
+    "res_multistep": [{"eta": 0.5, "s_noise": 0.8}, {"eta": 1.7}],
     "sa_solver": [
         {"eta": 0.0},
         {"eta": 0.5, "s_noise": 0.8, "s_tmin": 0.25, "s_tmax": 2.0},
@@ -73,7 +73,7 @@ OPTIONS = {
 
 
 def label(name, options):
-    return "-".join([name, *(f"{k}={v}" for k, v in options.items())])
+    return "-".join([name, *(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items())])
 
 
 CASES = {
@@ -204,19 +204,78 @@ def test_gradient_to_the_levels_is_the_loops_difference_quotient(name, options, 
     assert error(inner, expected) <= 1e-6
 
 
-@every_name
-def test_floats_in_the_place_of_levels_give_the_same_run(name):
-    levels = LEVELS["to-zero"]
-    model = parameterize(MIXTURE.epsilon, "epsilon")
-    found = []
-    for values in (levels, torch.tensor(levels, dtype=torch.float64).unbind()):
-        run = Recorder(model, len(levels) - 1)
-        x = solvers.resolve(name).steps(run, values[0] * run.z0(), values, gs.Churn(0.0))
-        program = run.finish(x)
-        count = len(program.noises)
-        noise = noises.Given(NOISES[:count]) if count else None
-        found.append(integrate(program, model, Z0, noise=noise))
-    assert error(*found) <= 1e-12
+RISING = [10.0, 4.0, 1.5, 0.4, 3.0, 0.9, 0.4, 3.0, 0.9, 0.4, 0.0]
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["ve", "flow"])
+@pytest.mark.parametrize("options", [{}, {"s_noise": 0.8}], ids=str)
+def test_restarts_go_up_the_levels(options, flow):
+    levels = [s / (1 + s) for s in RISING] if flow else RISING
+    holds("restart", options, levels, flow)
+    expected = central_differences("restart", options, levels, flow, 2)
+    sigmas = torch.tensor(levels, dtype=torch.float64, requires_grad=True)
+    x = sample("restart", options, sigmas, flow, 2)
+    (got,) = torch.autograd.grad((x * WEIGHTS).sum(), sigmas)
+    assert error(got[:-1], expected) <= 1e-6
+
+
+def test_other_solvers_refuse_to_go_up():
+    with pytest.raises(ValueError, match="sigmas must decrease strictly"):
+        gs.sample(MIXTURE.denoise, Z0, RISING, solver="heun")
+
+
+def test_the_bar_of_a_run_with_restarts_ends_at_its_end(capsys):
+    gs.sample(MIXTURE.denoise, Z0, RISING, solver="restart", progress=True)
+    assert "10/10" in capsys.readouterr().err
+
+
+def conditional(x, sigma, kind):
+    return OTHER.denoise(x, sigma) if kind else MIXTURE.denoise(x, sigma)
+
+
+def conditional_velocity(x, t, kind):
+    clean = (OTHER if kind else MIXTURE).posterior(x, 1 - t, t)
+    return (x - clean) / t.view(-1, 1, 1)
+
+
+OTHER = Mixture(6, seed=8)
+GUIDED = sorted(name for name in LOOPS if "cfg_pp" in name)
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["ve", "flow"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_cfg_pp_keeps_the_noise_of_the_unconditional_prediction(name, flow):
+    scale = 1.7
+    levels = TIMES["to-t_min"] if flow else LEVELS["to-zero"]
+    free = flow_denoise if flow else MIXTURE.denoise
+
+    def guided(x, sigma):
+        s = torch.as_tensor(sigma, dtype=torch.float64)
+        bound = OTHER.posterior(x, 1 - s, s) if flow else OTHER.denoise(x, sigma)
+        return (1 - scale) * free(x, sigma) + scale * bound
+
+    def gradients(run):
+        z0 = Z0.clone().requires_grad_()
+        x = run(z0)
+        return x, torch.autograd.grad((x * WEIGHTS).sum(), z0)[0]
+
+    def looped(z0):
+        run = Run(guided, iter(NOISES), flow, free)
+        x = LOOPS[name](run, levels[0] * z0, levels)
+        looped.drawn = run.drawn
+        return x
+
+    want = gradients(looped)
+    network = Prediction(conditional_velocity, "flow") if flow else conditional
+    model = gs.Guided(network, scale, {"kind": 0})
+    noise = noises.Given(NOISES[: looped.drawn]) if looped.drawn else None
+    got = gradients(
+        lambda z0: gs.sample(
+            model, z0, levels, solver=name, cond={"kind": 1}, noise=noise, memory="store"
+        )
+    )
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) <= 1e-9
 
 
 def test_every_loop_is_a_solver_of_that_name():

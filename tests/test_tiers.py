@@ -5,7 +5,7 @@ from itertools import combinations, product
 
 import pytest
 
-from support.tiers import covering, few, pairs
+from support.tiers import covering, few, once, pairs
 
 AXES = [list("abcdefgh"), list("uvwxyz"), list("12"), list("+-")]
 
@@ -29,7 +29,6 @@ def test_the_rest_is_thorough():
     mark = pairs(first="abc", second="xy")
     assert mark.args[0] == ["first", "second"]
     assert [bool(case.marks) for case in mark.args[1]] == [False] * 3 + [True] * 3
-    assert not any(case.marks for case in pairs(costly=False, first="abc", second="xy").args[1])
-    one, two, three = few(["a", "b", "c"], "b")
-    assert two == "b"
-    assert [one.marks[0].name, three.marks[0].name] == ["thorough"] * 2
+    assert once(first="abc", second="xy").args[1] == [case.values for case in mark.args[1][:3]]
+    marks = {case.values: [m.name for m in case.marks] for case in few(["a", ("b", 1)], "a")}
+    assert marks == {("a",): [], ("b", 1): ["thorough"]}

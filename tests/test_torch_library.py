@@ -57,6 +57,16 @@ def test_opcheck_step(kind, learned, backend):
     torch.library.opcheck(library.step, step_arguments(kind, backend, learned == "tensors"))
 
 
+@pairs(kind=["none", "signed_roll", "given"], backend=BACKENDS)
+def test_opcheck_step_out(kind, backend):
+    *arguments, dtype, _ = step_arguments(kind, backend, False)
+    terms, *rest = arguments
+    rest = [x.detach() if isinstance(x, torch.Tensor) else x for x in rest]
+    out = torch.empty(2, 5, dtype=dtype, device=DEVICE)
+    terms = [x.detach() for x in terms]
+    torch.library.opcheck(library.step_out, (terms, *rest, out, backend))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_step_backward(backend):
     terms, *rest, _, _ = step_arguments("sincos", backend, True)
@@ -66,15 +76,17 @@ def test_opcheck_step_backward(backend):
     torch.library.opcheck(library.step_backward, arguments)
 
 
-@pairs(clamp=[[], [-0.5, 0.5]], backend=BACKENDS)
-def test_opcheck_ancestral_step(clamp, backend):
-    coefs = normal(2, 6, seed=5)
+@pairs(by=["value", "tensor"], clamp=[[], [-0.5, 0.5]], backend=BACKENDS)
+def test_opcheck_ancestral_step(by, clamp, backend):
+    rows = normal(2, 6, seed=5)
+    coefs = (rows[0].tolist(), None) if by == "value" else ([], rows)
     nonzero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=DEVICE)
     inputs = (leaf(2, 3, 4), leaf(2, 6, 4, seed=1), leaf(2, 3, 4, seed=2))
-    torch.library.opcheck(library.ancestral_step, (*inputs, coefs, nonzero, clamp, backend))
+    rest = (*coefs, nonzero, clamp)
+    torch.library.opcheck(library.ancestral_step, (*inputs, *rest, backend))
     detached = [x.detach() for x in inputs]
     needs = [True, True, False]
-    arguments = (normal(2, 3, 4), *detached, coefs, nonzero, clamp, needs, backend)
+    arguments = (normal(2, 3, 4), *detached, *rest, needs, backend)
     torch.library.opcheck(library.ancestral_step_backward, arguments)
 
 
@@ -106,7 +118,7 @@ def test_every_op_of_the_namespace_is_checked_above():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
                if name.startswith("gradsampler::")}  # fmt: skip
     checked = {"step", "ancestral_step", "reparameterize", "flow_pair"}
-    assert defined == checked | {f"{name}_backward" for name in checked}
+    assert defined == checked | {f"{name}_backward" for name in checked} | {"step_out"}
 
 
 COMPILED = [name for name in BACKENDS if name != "triton"]

@@ -50,11 +50,23 @@ def _parser() -> argparse.ArgumentParser:
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
     check = commands.add_parser(
-        "check", help="does the gradient arrive at z0?", formatter_class=defaults
+        "check",
+        help="does the gradient arrive at z0, and is it the right one?",
+        formatter_class=defaults,
     )
     check.add_argument("--denoiser", help="package.module:callable, instead of 0.7 x + 0.1")
     check.add_argument("--shape", default="1,2,2,8,8", help="shape of z0: batch, then state")
     check.add_argument("--steps", type=int, default=4, help="sampler steps")
+    check.add_argument(
+        "--directions", type=int, default=1, help="random directions to compare derivatives along"
+    )
+    check.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        choices=["parameters"],
+        help="whose derivatives to compare beside those of the state",
+    )
     check.set_defaults(run=_check)
 
     doctor = commands.add_parser("doctor", help="which backends are here, and why not the others?")
@@ -101,10 +113,21 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.denoiser is not None:
         denoiser = _imported(arguments.denoiser)
     shape = _shape(arguments.shape)
+    levels = schedules.karras(_checks.integer("--steps", arguments.steps, 1))
     passed = True
     for mode, source in sources.items():
         z0 = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        report = gradient_flow.check(denoiser, z0, source, steps=arguments.steps)
+        report = gradient_flow.check(
+            denoiser,
+            z0,
+            levels,
+            solver="res_2ab",
+            noise=source,
+            churn=solvers.Churn(0.2 * arguments.steps),
+            memory="checkpoint",
+            directions=arguments.directions,
+            also=arguments.also,
+        )
         print(f"{mode}\n{report}")
         passed = passed and report.passed
     return 0 if passed else 1

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gradsampler.engine import generators
 from gradsampler.engine.recomputation import recomputed
 from gradsampler.engine.substitution import replanted
 
@@ -53,9 +52,8 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         filled = [own.get(k, x) for k, x in enumerate(args)]
         return module(*filled, **{key: own.get(key, x) for key, x in kwargs.items()}), own
 
-    held = generators.reachable(module, args, kwargs)
-    name = type(module).__name__
-    result, written = recomputed(pure, args, kwargs, generators=held, name=name)
+    roots = (module, args, kwargs)
+    result, written = recomputed(pure, args, kwargs, roots=roots, name=type(module).__name__)
     for key, x in lists.items():
         x[:] = written[key]
     return result

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradsampler.contract import GIVEN, Draw
-from gradsampler.engine import generators, replay
+from gradsampler.engine import graph
+from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import (
     Z0,
     Absorption,
@@ -20,6 +21,7 @@ from gradsampler.engine.program import (
     Stage,
     Terms,
 )
+from gradsampler.engine.replay import ReplayError, Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 
 
@@ -96,10 +98,10 @@ class Adjoint:
         self._numbers: list[float] = trajectory.program.coefficients.tolist()
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
-        self._generators = generators.reachable(trajectory.model, trajectory.cond)
-        self._circumstances: dict[Evaluation, replay.Circumstances] = {}
-        self._sketches: dict[Evaluation, replay.Sketch] = {}
-        self._changed: dict[Evaluation, Tensor] = {}
+        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
+        self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
+        self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
         self._index = {e: k for k, e in enumerate(trajectory.program.evaluations)}
         self._leaves: dict[int, Tensor] = {}
@@ -107,6 +109,7 @@ class Adjoint:
         self._detached = False
         with torch.no_grad():
             self._output: Tensor | None = self._run()
+        self._circumstances.finish()
 
     def _run(self) -> Tensor:
         """Runs forward; what backward needs is kept."""
@@ -140,15 +143,14 @@ class Adjoint:
 
     def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
         """Calls the model for the first time, and finds what else the call depends on."""
-        last = next(reversed(self._circumstances.values()), None)
-        self._circumstances[evaluation] = replay.Circumstances(x.device, last, self._generators)
-        since = replay.mark()
-        call = self._call(evaluation, x, scaled)
+        since = graph.mark()
+        with self._circumstances.captured(evaluation):
+            call = self._call(evaluation, x, scaled)
         outputs = call.outputs
         self._dtypes.update(zip(evaluation.writes, (d.dtype for d in outputs), strict=True))
-        found = replay.reached(outputs, since)
+        found = graph.reached(outputs, since)
         self._outer |= found.outer
-        self._sketches[evaluation] = replay.Sketch(outputs)
+        self._sketches[evaluation.state.call] = self._sketched(outputs)
         if self._asked() and id(call.scaled) not in found.leaves and not self._detached:
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
@@ -158,17 +160,32 @@ class Adjoint:
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more on the state that it saw."""
-        x = self._states.load(self._index[evaluation])
-        with self._circumstances[evaluation].restored():
-            return self._repeated(evaluation, x)
+        return self._repeated(evaluation, self._states.load(self._index[evaluation]))
 
     def _repeated(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
-        """Calls the model under restored circumstances and compares with the first time."""
-        call = self._call(evaluation, x, scaled)
-        changed = self._sketches[evaluation].differs(call.outputs)
-        known = self._changed.get(evaluation)
-        self._changed[evaluation] = changed if known is None else known | changed
+        """Calls the model as the first time; what it returns is compared in the end."""
+        call = self._circumstances.again(evaluation, lambda: self._call(evaluation, x, scaled))
+        self._repeats.append((evaluation, self._sketched(call.outputs)))
         return call
+
+    def _sketched(self, outputs: Sequence[Tensor]) -> list[Sketch]:
+        return [Sketch.of(output, self._precisions) for output in outputs]
+
+    def _compare(self) -> None:
+        """Raises where a call that was made again has returned something else."""
+        pairs = [
+            (evaluation.step, pair)
+            for evaluation, again in self._repeats
+            for pair in zip(self._sketches[evaluation.state.call], again, strict=True)
+        ]
+        flags = changed([pair for _, pair in pairs])
+        steps = [step for (step, _), flag in zip(pairs, flags, strict=True) if flag]
+        if steps:
+            raise ReplayError(
+                f"the denoiser must return the same when it is called again, got another output at "
+                f"step {min(steps)}; does it draw from a generator that is not seen in it, as "
+                "numpy's, or were weights or inputs changed since? memory='store' calls it once"
+            )
 
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
@@ -187,17 +204,11 @@ class Adjoint:
         self._states.adopt(kept)
         try:
             gradients = self._transposed(lam, wants_z0)
+            self._trajectory.observer.settle()
+            self._compare()
         finally:
+            self._repeats.clear()
             self._states.release()
-        flags = torch.stack(list(self._changed.values())).tolist() if self._changed else []
-        changed = [e.step for e, flag in zip(self._changed, flags, strict=True) if flag]
-        self._changed.clear()
-        if changed:
-            raise replay.ReplayError(
-                f"the denoiser must return the same when it is called again, got another output at "
-                f"step {min(changed)}; does it draw from a generator that is not seen in it, as "
-                "numpy's, or were weights or inputs changed since? memory='store' calls it once"
-            )
         return gradients
 
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
@@ -254,7 +265,7 @@ class Adjoint:
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
         leaves = list(self._leaves.values())
-        with replay.without_hooks(leaves), replay.undrawn(x.device, self._generators):
+        with graph.without_hooks(leaves), self._circumstances.drawing_nothing(evaluation):
             g, *rest = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [scaled, *levels, *(inner[k] for k in wanted)],

@@ -22,7 +22,8 @@ class Conditioning:
         for key in cond or ():
             if not isinstance(key, str):
                 _checks.fail_type("cond: each key", "be a str, as a keyword argument", key)
-        self._leaves, self._structure = pytree.tree_flatten(dict(cond or {}))
+        named, self._structure = pytree.tree_flatten_with_path(dict(cond or {}))
+        self._leaves = [_checked(f"cond{pytree.keystr(path)}", x) for path, x in named]
         self._places = [i for i, x in enumerate(self._leaves) if isinstance(x, Tensor)]
 
     @property
@@ -36,3 +37,14 @@ class Conditioning:
         for i, x in zip(self._places, tensors, strict=True):
             leaves[i] = x
         return cast(dict[str, Any], pytree.tree_unflatten(leaves, self._structure))
+
+
+def _checked(argument: str, x: Any) -> Any:
+    """A leaf of the dict as a run can take it."""
+    if not isinstance(x, Tensor):
+        return x
+    _checks.valued(argument, x)
+    if x.requires_grad and x.dtype.is_floating_point and x.dtype not in _checks.FLOATING:
+        hint = "its gradient would be a sum in that dtype: give it as torch.bfloat16"
+        _checks.fail(argument, "have 16 bits or more to require grad", x.dtype, hint)
+    return _checks.savable(x)

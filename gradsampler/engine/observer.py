@@ -40,6 +40,7 @@ class Observer:
         self._num_steps = program.num_steps
         self._callback = callback
         self._check_finite = check_finite
+        self._unread: list[tuple[Tensor, Evaluation, str]] = []  # checks that a device has made
         self._bar = tqdm(total=program.num_steps, desc="sampling", disable=not progress)
         self._step = -1
         self._info: StepInfo | None = None
@@ -53,7 +54,7 @@ class Observer:
     def evaluating(self, evaluation: Evaluation) -> None:
         """Takes note that the model is about to be evaluated: the step before may be over."""
         if evaluation.step != self._step:
-            self._end_step()
+            self._end_step(evaluation.step)
 
     def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Takes note of a model evaluation."""
@@ -71,20 +72,34 @@ class Observer:
 
     def finished(self) -> None:
         """Takes note of the end of the run."""
-        self._end_step()
+        self.settle()
+        self._end_step(self._num_steps)
 
     def finite(self, evaluation: Evaluation, value: Tensor, what: str) -> None:
-        """Raises NonFiniteError, if that check is on and a value is NaN or infinite."""
-        if self._check_finite and not bool(torch.isfinite(value).all()):
-            sigma = self._numbers[evaluation.sigma]
-            raise NonFiniteError(
-                f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {sigma:.6g}) "
-                "must be finite, got NaN or infinity"
-            )
+        """Raises NonFiniteError, if that check is on and a value is NaN or infinite.
 
-    def _end_step(self) -> None:
-        if 0 <= self._step < self._num_steps:
-            self._bar.update()
+        On another device than the CPU `settle` does, so that no step waits for the device.
+        """
+        if self._check_finite:
+            self._unread.append((torch.isfinite(value).all().logical_not(), evaluation, what))
+            if value.device.type == "cpu":
+                self.settle()
+
+    def settle(self) -> None:
+        """Reads the checks made since the last time, all at once, and raises for the first."""
+        unread, self._unread = self._unread, []
+        flags = torch.stack([flag for flag, _, _ in unread]).tolist() if unread else []
+        for flag, (_, evaluation, what) in zip(flags, unread, strict=True):
+            if flag:
+                sigma = self._numbers[evaluation.sigma]
+                raise NonFiniteError(
+                    f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {sigma:.6g}) "
+                    "must be finite, got NaN or infinity"
+                )
+
+    def _end_step(self, following: int) -> None:
+        if 0 <= self._step < self._num_steps:  # a step may have no evaluation
+            self._bar.update(following - self._step)
         if self._callback is not None and self._info is not None:
             info, self._info = self._info, None
             self._callback(info)

@@ -13,8 +13,9 @@ the gradient of the program is the transposed program, which `transpose` writes 
     absorption  cot(z0)  += s * n_i'(z0)^T cot(x_j)
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -23,8 +24,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradsampler.elementary import as_float
 from gradsampler.noise.sources import Injected
-from gradsampler.parameterization import Coefficient, Parameterization
+from gradsampler.parameterization import Coefficient, Parameterization, parameterize
 
 __all__ = [
     "Z0",
@@ -290,6 +292,12 @@ class Denoised(NamedTuple):
     sigma: Coefficient
     value: Affine
     state: Affine  # that it was made from
+    branches: tuple[Affine, ...] = ()  # the predictions that guidance combines, if it does
+
+    @property
+    def unconditional(self) -> Affine:
+        """The prediction without conditioning; without guidance the prediction itself."""
+        return self.branches[0] if self.branches else self.value
 
     @property
     def slope(self) -> Affine:
@@ -298,9 +306,36 @@ class Denoised(NamedTuple):
 
 
 class Recorder:
-    """Writes down the program of a solver, which computes with `Affine` in place of tensors."""
+    """Writes down the program of a solver, which computes with `Affine` in place of tensors.
 
-    def __init__(self, model: Parameterization, num_steps: int) -> None:
+    A loop of one's own, recorded with it, runs under every memory strategy: see `integrate`.
+
+    Args:
+        denoiser: a `Parameterization`, or a plain callable.
+        num_steps: N.
+        prediction: what a plain callable predicts, "x0" | "epsilon" | "v" | "flow".
+
+    Example:
+        >>> import torch, gradsampler as gs
+        >>> from itertools import pairwise
+        >>> denoiser, levels = lambda x, sigma: 0.5 * x, [2.0, 1.0, 0.5]
+        >>> run = gs.solvers.Recorder(denoiser, num_steps=2)
+        >>> x = levels[0] * run.z0()
+        >>> for run.step, (s, t) in enumerate(pairwise(levels)):
+        ...     x, denoised = run.denoise(x, s)
+        ...     x = denoised + t / s * (x - denoised) + 0.1 * run.noise()
+        >>> program = run.finish(x)
+        >>> gs.integrate(program, denoiser, torch.ones(1, 3), noise=gs.noise.Off())
+        tensor([[1.1250, 1.1250, 1.1250]])
+    """
+
+    def __init__(
+        self,
+        denoiser: Parameterization | Callable[..., Tensor],
+        num_steps: int,
+        prediction: str = "x0",
+    ) -> None:
+        model = parameterize(denoiser, prediction)
         self.num_steps = num_steps
         self.step = 0  # the current one; the solver's loop advances it
         self.predictions: list[Denoised] = []  # all so far, the latest last
@@ -327,15 +362,23 @@ class Recorder:
     def denoise(self, x: Affine, sigma: Coefficient) -> tuple[Affine, Affine]:
         """Ends a stage at the state ``x`` and evaluates the model there.
 
+        At an infinite ``sigma`` the state is noise alone, and ``x`` is what it is divided by it.
+        The predictions that guidance combines are in ``predictions[-1]``.
+
         Returns:
             The state as a slot, to go on with in place of ``x``, and the denoised sample D.
         """
         state = self._write(x)
-        call = state.call
-        maps = self._model.preconditioning(sigma)
+        call, model = state.call, self._model.at(self.step)
+        infinite = math.isinf(as_float(sigma))
+        maps = model.limit() if infinite else model.preconditioning(sigma)
         outputs = tuple(Slot("d", call, b) for b in range(len(maps.c_out)))
         here = Affine({state: 1.0})
-        denoised = here * maps.c_skip + Affine(dict(zip(outputs, maps.c_out, strict=True)))
+
+        def combined(c_out: Sequence[Coefficient]) -> Affine:
+            return here * maps.c_skip + Affine(dict(zip(outputs, c_out, strict=True)))
+
+        denoised, branches = combined(maps.c_out), tuple(map(combined, maps.branches))
         self._instructions.append(
             Evaluation(
                 state,
@@ -348,7 +391,7 @@ class Recorder:
             )
         )
         self._evaluations += 1
-        self.predictions.append(Denoised(sigma, denoised, here))
+        self.predictions.append(Denoised(sigma, denoised, here, branches))
         return here, denoised
 
     def before(self, sigma: Coefficient) -> Denoised | None:
@@ -378,9 +421,17 @@ class Recorder:
         return found
 
     def finish(self, x: Affine) -> Program:
-        """Ends the last stage and returns the program."""
+        """Ends the last stage and returns the program.
+
+        Outputs that nothing reads, as those of a branch without weight, are not asked for.
+        """
         output = self._write(x)
-        return Program(tuple(self._instructions), _vector(self._numbers), self.num_steps, output)
+        stages = [i for i in self._instructions if isinstance(i, Stage)]
+        read = {slot for stage in stages for slot in stage.reads()}
+        instructions = tuple(
+            _reduced(i, read) if isinstance(i, Evaluation) else i for i in self._instructions
+        )
+        return Program(instructions, _vector(self._numbers), self.num_steps, output)
 
     def _write(self, x: Affine) -> Slot:
         injections = tuple(Injection(*noise, self._number(c)) for noise, c in x.noises.items())
@@ -394,6 +445,13 @@ class Recorder:
     def _number(self, c: Coefficient) -> int:
         self._numbers.append(c)
         return len(self._numbers) - 1
+
+
+def _reduced(evaluation: Evaluation, read: Set[Slot]) -> Evaluation:
+    """The evaluation with those of its outputs that are read, or else with all."""
+    needed = read | {slot for slot, _ in evaluation.denoised}
+    kept = tuple(slot for slot in evaluation.writes if slot in needed)
+    return replace(evaluation, writes=kept or evaluation.writes)
 
 
 def _sum(a: Mapping[Key, Coefficient], b: Mapping[Key, Coefficient]) -> dict[Key, Coefficient]:

@@ -14,9 +14,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
-from gradsampler.engine import replay
+from gradsampler.engine import graph
+from gradsampler.engine.circumstances import Circumstances
+from gradsampler.engine.program import Evaluation, Slot
+from gradsampler.engine.replay import ReplayError, Sketch, changed
 
 __all__ = ["recomputed"]
+
+_CALL = Evaluation(Slot("x"), (), c_in=0, c_noise=0, sigma=0, denoised=(), step=0)  # the only one
 
 
 def recomputed(
@@ -24,7 +29,7 @@ def recomputed(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    generators: Sequence[torch.Generator] = (),
+    roots: Sequence[object] = (),
     name: str = "the model",
 ) -> Any:
     """``function(*args, **kwargs)``, which backward calls once more.
@@ -35,7 +40,8 @@ def recomputed(
     Args:
         function: called once here, in grad mode, and once in each backward.
         args, kwargs: its arguments; must stay as they are until backward.
-        generators: the torch.Generators that it draws from, beside torch's default ones.
+        roots: what it is made of, where its generators and buffers are looked for; without any,
+            the function and its arguments.
         name: what errors call the function.
 
     Returns:
@@ -54,7 +60,7 @@ def recomputed(
     """
     if not torch.is_grad_enabled():
         return function(*args, **(kwargs or {}))
-    call = _Call(function, args, kwargs or {}, generators, name)
+    call = _Call(function, args, kwargs or {}, roots or (function, args, kwargs), name)
     return call.connected()
 
 
@@ -66,24 +72,25 @@ class _Call:
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        generators: Sequence[torch.Generator],
+        roots: Sequence[object],
         name: str,
     ) -> None:
         leaves, self._structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
         self._places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
         self._tensors: list[Tensor] = [leaves[k] for k in self._places]
         self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
-        self._function, self._generators, self._name = function, generators, name
+        self._function, self._name = function, name
         device = self._tensors[0].device if self._tensors else torch.get_default_device()
-        self.device = device
-        self._circumstances = replay.Circumstances(device, None, generators)
+        self._circumstances = Circumstances(device, *roots)
 
     def connected(self) -> Any:
         """Makes the call for the first time and puts it into the autograd graph."""
-        since = replay.mark()
+        since = graph.mark()
         inputs, self._tensors = self._tensors, []
         fresh = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        result = self._made(fresh)
+        with self._circumstances.captured(_CALL):
+            result = self._made(fresh)
+        self._circumstances.finish()
         flat, structure = pytree.tree_flatten(result)
         places = [k for k, x in enumerate(flat) if isinstance(x, Tensor)]
         outputs: list[Tensor] = [flat[k] for k in places]
@@ -91,12 +98,12 @@ class _Call:
         if not self._floating:
             what = f"{self._name}: what it returns"
             _checks.fail_type(what, "hold floating tensors that torch's pytrees find", result)
-        found = replay.reached(outputs, since)
+        found = graph.reached(outputs, since)
         self.outer = found.outer
         own = {id(x) for x in fresh}
         leaves = [leaf for key, leaf in found.leaves.items() if key not in own]
         self.count = len(inputs)
-        self._sketch = replay.Sketch([outputs[k] for k in self._floating])
+        self._sketches = self._sketched(outputs)
         detached = [x.detach() for x in outputs]
         del result, outputs, fresh, found
         for k in places:
@@ -114,6 +121,10 @@ class _Call:
         with torch.enable_grad():
             return self._function(*args, **kwargs)
 
+    def _sketched(self, outputs: Sequence[Tensor]) -> list[Sketch]:
+        precisions = self._circumstances.precisions
+        return [Sketch.of(outputs[k], precisions) for k in self._floating]
+
     def pulled(
         self, cotangents: Sequence[Tensor | None], tensors: Sequence[Tensor], needs: Sequence[bool]
     ) -> list[Tensor | None]:
@@ -123,10 +134,10 @@ class _Call:
             x.detach().requires_grad_(need)
             for x, need in zip(inputs, needs[: self.count], strict=True)
         ]
-        with self._circumstances.restored():
-            flat = pytree.tree_leaves(self._made(fresh))
+        flat = self._circumstances.again(_CALL, lambda: pytree.tree_leaves(self._made(fresh)))
         outputs = [x for x in flat if isinstance(x, Tensor)]
-        changed = self._sketch.differs([outputs[k] for k in self._floating])
+        pairs_of_sketches = zip(self._sketches, self._sketched(outputs), strict=True)
+        other = changed(list(pairs_of_sketches))
         pairs = [
             (output, g.to(output.dtype))
             for output, g in zip(outputs, cotangents, strict=True)
@@ -136,7 +147,7 @@ class _Call:
         gradients: list[Tensor | None] = [None] * len(tensors)
         if pairs and wanted:
             every = [*fresh, *leaves]
-            with replay.without_hooks(leaves), replay.undrawn(self.device, self._generators):
+            with graph.without_hooks(leaves), self._circumstances.drawing_nothing(_CALL):
                 pulled = torch.autograd.grad(
                     [output for output, _ in pairs],
                     [every[k] for k in wanted],
@@ -146,8 +157,8 @@ class _Call:
                 )
             for k, gradient in zip(wanted, pulled, strict=True):
                 gradients[k] = gradient
-        if bool(changed):
-            raise replay.ReplayError(
+        if any(other):
+            raise ReplayError(
                 f"{self._name} must return the same when it is called again, got another output; "
                 "does it draw from a generator that is not seen in it, as numpy's, or were weights "
                 "or inputs changed since? memory='store' calls it once"

@@ -1,215 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model call made twice: recorded without keeping its activations, and replayed to be pulled
-back. What the call depends on beside its arguments is captured the first time: the state of
-torch's default random generators and of those that the denoiser holds, and autocast. The grad mode
-is on both times, so a network that looks at it computes the same twice, and a compiled one compiles
-once.
+"""Does a model call return the same when it is made again?
+
+An output is read once, as sums of elements with weights that all differ: so any element that
+changes shows, and so do any two that change places. Sums of two calls may differ by what kernels do
+that add in no fixed order; where few sums differ at all, few elements do, and that is less. A
+change of the Jacobian that leaves the values as they are cannot be seen.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class RandomState:
-    """The state of torch's default generators: the CPU's, then each device's of one kind.
-
-    Args:
-        device: one of the kind that counts beside the CPU.
-        tensors: states saved earlier; None takes those of this moment.
-        generators: more generators, of any device.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        tensors: list[Tensor] | None = None,
-        generators: Sequence[torch.Generator] = (),
-    ) -> None:
-        self._module = None if device.type == "cpu" else torch.get_device_module(device)
-        self._generators = generators
-        self.tensors = self._current() if tensors is None else tensors
-
-    def _current(self) -> list[Tensor]:
-        states = [generator.get_state() for generator in self._generators]
-        states.append(torch.get_rng_state())
-        if self._module is not None:
-            states += (self._module.get_rng_state(i) for i in range(self._module.device_count()))
-        return states
-
-    def restore(self) -> None:
-        """Puts the generators into this state."""
-        own, (cpu, *devices) = (
-            self.tensors[: len(self._generators)],
-            self.tensors[len(self._generators) :],
-        )
-        for generator, state in zip(self._generators, own, strict=True):
-            generator.set_state(state)
-        torch.set_rng_state(cpu)
-        for i, state in enumerate(devices):
-            self._module.set_rng_state(state, i)  # type: ignore[union-attr]
-
-    def same(self, other: "RandomState") -> bool:
-        """Whether both are the same state of the same generators."""
-        return all(map(torch.equal, self.tensors, other.tensors))
-
-
-class Circumstances:
-    """The random state and the autocast setting at the time of its creation."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        previous: "Circumstances | None" = None,
-        generators: Sequence[torch.Generator] = (),
-    ) -> None:
-        self._device, self._generators = device, generators
-        self._random = RandomState(device, generators=generators)
-        if previous is not None:
-            self._random = _shared(self._random, previous._random)
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in {"cpu", device.type}
-        ]
-        self._cached = torch.is_autocast_cache_enabled()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restores them for the time of a with statement, and afterwards what was before."""
-        before = RandomState(self._device, generators=self._generators)
-        try:
-            self._random.restore()
-            with ExitStack() as stack:
-                for kind, dtype, enabled in self._autocast:
-                    stack.enter_context(torch.autocast(kind, dtype, enabled, self._cached))
-                yield
-        finally:
-            before.restore()
-
-
-def _shared(new: RandomState, old: RandomState) -> RandomState:
-    """The old object where nothing was drawn: a network without dropout costs one copy a run."""
-    return old if new.same(old) else new
+from torch.nn.functional import pad
 
 
 class ReplayError(RuntimeError):
     """A model call that was made again returned something else, so its gradient would be wrong."""
 
 
-# How far two calls of a kernel that adds in no fixed order may be apart, relative to the largest
-# value; noise drawn anew is farther.
+# How far elements of two calls may be apart, relative to the root of their mean square. Of float32
+# it is what convolutions do on a GPU, where they may compute in TF32.
 _ROUNDING = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-3,
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 3e-3,
     torch.bfloat16: 2e-2,
-    torch.float16: 1e-2,
 }
+_TERMS = 128  # elements a sum,
+_SUMS = 8192  # more of them where there would be more sums than so many
+_PART = 2**20  # elements in 16 bits that are widened at a time
 
 
-class Sketch:
-    """Sums over rows and a few elements of a call's outputs: is a second call's output the same?"""
+class Sketch(NamedTuple):
+    """Sums over an output of a model call."""
 
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
-        self._parts = [_sketched(output) for output in outputs]
+    sums: Tensor  # [S] in float32 at least
+    terms: int  # elements a sum
+    rounding: float
 
-    def differs(self, outputs: Sequence[Tensor]) -> Tensor:
-        """A 0-d bool: whether ``outputs`` are others, beyond what rounding may do."""
-        flags = []
-        for part, output in zip(self._parts, outputs, strict=True):
-            pairs = zip(_sketched(output), part, strict=True)
-            error = torch.cat([new - old for new, old in pairs]).abs().max()
-            # A NaN compares false: it is what the first call returned as well, or is seen later.
-            scale = part[0].abs().max().clamp_min(1e-6)
-            flags.append(error > _ROUNDING.get(output.dtype, 2e-2) * scale)
-        return torch.stack(flags).any()
+    @property
+    def kind(self) -> object:
+        """What sketches of one output have in common."""
+        return self.sums.shape, self.sums.dtype, self.sums.device, self.terms, self.rounding
 
-
-_ROW = 4096  # elements
-
-
-def _sketched(output: Tensor) -> tuple[Tensor, Tensor]:
-    """64 elements or a few more; and sums over rows, on the scale of what changes at random."""
-    flat, wide = output.detach().flatten(), torch.promote_types(output.dtype, torch.float32)
-    rows = flat[: len(flat) // _ROW * _ROW].view(-1, _ROW).sum(1, dtype=wide)
-    rest = flat[len(rows) * _ROW :].sum(0, keepdim=True, dtype=wide)
-    some = flat[:: max(1, len(flat) // 64)].to(wide, copy=True)
-    return some, torch.cat([rows, rest]) / _ROW**0.5
+    @classmethod
+    def of(cls, output: Tensor, dtypes: Iterable[torch.dtype] = ()) -> "Sketch":
+        """Reads an output, which was computed in its own dtype or in one of ``dtypes``."""
+        rounding = max(_ROUNDING.get(dtype, 2e-2) for dtype in (output.dtype, *dtypes))
+        flat = output.detach().flatten()
+        terms = _terms(len(flat))
+        if len(flat) % terms:
+            flat = pad(flat, (0, -len(flat) % terms))
+        # The elements of a sum are far apart, so that the rows are read in their order.
+        rows = flat.view(terms, -1)
+        if torch.is_autocast_enabled(flat.device.type):
+            with torch.autocast(flat.device.type, enabled=False):
+                return cls(_summed(rows), terms, rounding)
+        return cls(_summed(rows), terms, rounding)
 
 
-@contextmanager
-def undrawn(device: torch.device, generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Raises ReplayError where a generator is drawn from in a with statement."""
-    before = RandomState(device, generators=generators)
-    yield
-    if not before.same(RandomState(device, generators=generators)):
-        raise ReplayError(
-            "the backward of a model call must draw nothing, got a generator that moved; does an "
-            "activation checkpoint inside the denoiser draw anew? preserve_rng_state=True replays "
-            "torch's default generators; draw from others before it, and pass the noise in"
-        )
+def changed(pairs: Sequence[tuple[Sketch, Sketch]]) -> list[bool]:
+    """Whether outputs are others beyond rounding, from the sketches of both calls.
+
+    Reads back once from each device.
+    """
+    flags = [first.kind != again.kind for first, again in pairs]
+    alike: dict[object, list[int]] = {}
+    for k, (first, _) in enumerate(pairs):
+        if not flags[k]:
+            alike.setdefault(first.kind, []).append(k)
+    for places in alike.values():
+        (_, terms, rounding), _ = pairs[places[0]]
+        old = torch.stack([pairs[k][0].sums for k in places])
+        error = (torch.stack([pairs[k][1].sums for k in places]) - old).abs()
+        # If a quarter of the sums differ, all of the elements may.
+        spread = (4 * (error != 0).to(error.dtype).mean(1)).clamp(max=1)
+        room = rounding * ((1 + (terms - 1) * spread) / terms).sqrt()
+        # A NaN compares false: it is what the first call returned as well, or is seen later.
+        found = error.amax(1) > room * old.abs().amax(1)
+        for k, flag in zip(places, found.tolist(), strict=True):
+            flags[k] = flag
+    return flags
 
 
-@contextmanager
-def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Silences the tensors' gradient hooks, which are to see the sum over all calls, once."""
-    hooked = [hooks for x in leaves if (hooks := x._backward_hooks)]
-    saved = [dict(hooks) for hooks in hooked]
-    try:
-        for hooks in hooked:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, was in zip(hooked, saved, strict=True):
-            hooks.update(was)
+@cache
+def _terms(count: int) -> int:
+    """Elements a sum for an output of ``count``: a divisor, if there is one of about the size."""
+    least = max(1, min(_TERMS, count // 16), count // _SUMS)
+    return next((n for n in range(least, 4 * least) if count % n == 0), least)
 
 
-class Reached(NamedTuple):
-    """What the graph of a model call leads to."""
-
-    leaves: dict[int, Tensor]  # leaf tensors that require grad, by id
-    outer: bool  # passes through operations made before the call
-
-
-def mark() -> int:
-    """A number that every autograd node made from now on in this thread exceeds."""
-    with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).clone().grad_fn
-    return node._sequence_nr()  # type: ignore[union-attr]
-
-
-def reaches(outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
-    """Whether the graph built since the number ``since`` of `mark` leads from outputs to ``x``."""
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if node is x.grad_fn or getattr(node, "variable", None) is x:
-            return True
-        if node._sequence_nr() <= since:
-            continue
-        fresh = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= fresh
-        pending += fresh
-    return any(output is x for output in outputs)
+def _summed(rows: Tensor) -> Tensor:
+    """[S] sums over the rows [terms, S], each with a weight of its own."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    weights = _weights(len(rows), wide, rows.device)
+    if rows.dtype == wide or rows.numel() <= _PART:
+        return torch.mv(rows.to(wide).t(), weights)
+    sums = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
+    count = max(1, _PART // len(sums))
+    for part, weight in zip(rows.split(count), weights.split(count), strict=True):
+        sums.addmv_(part.to(wide).t(), weight)
+    return sums
 
 
-def reached(outputs: Sequence[Tensor], since: int) -> Reached:
-    """Walks the graph of ``outputs``, built since the number ``since`` of `mark`."""
-    pending = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    leaves = {id(x): x for x in outputs if x.requires_grad and x.grad_fn is None}
-    seen, outer = set(pending), False
-    while pending:
-        node = pending.pop()
-        if type(node).__name__ == "AccumulateGrad":
-            variable: Tensor = node.variable  # type: ignore[attr-defined]
-            leaves[id(variable)] = variable
-            continue
-        outer = outer or node._sequence_nr() <= since
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
-    return Reached(leaves, outer)
+@cache
+def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count] different weights of 0.5 to 1.5 and of either sign.
+
+    Their sum is about three roots of their number: so a sum over constants is as large as the
+    largest of many sums over random numbers.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(count, generator=generator, device="cpu")
+    positive = (count + 3 * math.sqrt(count)) / 2
+    signs = torch.where(torch.arange(count, device="cpu") < positive, 1, -1)
+    signs = signs[torch.randperm(count, generator=generator, device="cpu")]
+    return (signs * (0.5 + (order + 0.5) / count)).to(device, dtype)

@@ -40,6 +40,9 @@ class GradientWarning(UserWarning):
         )
         self.step = step
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.step,)  # the text is made anew: pickles go between processes
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -194,7 +197,7 @@ class Trajectory:
         c_in, c_noise = numbers[evaluation.c_in], numbers[evaluation.c_noise]
         if scaled is None:
             scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
-        dtype = self.model.level_dtype or torch.promote_types(self.model_dtype, torch.float32)
+        dtype = torch.promote_types(self.model_dtype, torch.float32)
         if isinstance(c_noise, float):  # filled on the device: a copy to it would stall the host
             level = torch.full((), c_noise, dtype=dtype, device=x.device)
         else:
@@ -211,7 +214,8 @@ class Trajectory:
     ) -> tuple[Tensor, ...]:
         """Calls the model and checks what it returns."""
         before = version(x)
-        outputs = self.model.outputs(x, level, cond)
+        branches = [slot.branch for slot in evaluation.writes]
+        outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
         if version(x) != before:
             _checks.fail(
                 f"denoiser: its input at step {evaluation.step}",
@@ -221,7 +225,9 @@ class Trajectory:
             )
         for output in outputs:
             name = f"denoiser: the output at step {evaluation.step}"
-            _checks.shape(name, _checks.floating(name, output), x.shape)
+            _checks.prediction(name, output)
+            if self.model.keeps_shape:
+                _checks.shape(name, output, x.shape)
             _checks.device(name, output, x.device)
         return outputs
 

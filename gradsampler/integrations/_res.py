@@ -15,7 +15,7 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.engine.replay import RandomState
+from gradsampler.engine.randomness import RandomState
 from gradsampler.noise.sources import Cotangent, NoiseSource
 from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.solvers import Churn

@@ -117,7 +117,10 @@ class Reverse(Posterior):
 
     def _told(self, t: Tensor, device: torch.device) -> Tensor:
         """The timesteps [B] as a network is told them."""
-        original = torch.tensor(self.timestep_map)[t].to(device)
+        if bool((t == t[0]).all()):  # filled on the device: a copy to it would stall the host
+            original = torch.full(t.shape, self.timestep_map[int(t[0])], device=device)
+        else:
+            original = torch.tensor(self.timestep_map)[t].to(device)
         if self.rescale_timesteps:
             return original.float() * (1000.0 / self.original_num_steps)
         return original

@@ -41,6 +41,7 @@ class Folder:
         self._writing: deque[tuple[File, Tensor, int]] = deque()
         self._path: Path | None = None
         self._made = 0
+        self._process = os.getpid()
         self.close: Callable[[], object] = lambda: None
 
     def put(self, x: Tensor) -> "File":
@@ -48,7 +49,7 @@ class Folder:
         try:
             if self._path is None:
                 self._path = Path(tempfile.mkdtemp(prefix="gradsampler-", dir=self._parent))
-                folder = (self._path, self._thread, os.getpid())
+                folder = (self._path, self._thread, self._process)
                 self.close = weakref.finalize(self, _remove, *folder)
         except OSError as error:
             self._refused(error, x)
@@ -60,7 +61,13 @@ class Folder:
         return file
 
     def settle(self) -> None:
-        """Waits for what is still to be written."""
+        """Waits for what is still to be written; RuntimeError in a fork, which has no thread."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"memory={self._memory}: the backward of a run whose states are in a folder must "
+                f"be in the process of the run, {self._process}, got its fork {os.getpid()}; fork "
+                "before the run, or take memory='checkpoint'"
+            )
         while self._writing:
             self._wait(*self._writing.popleft())
 
@@ -166,6 +173,7 @@ class Files:
 
     def adopt(self, tensors: Sequence[Tensor]) -> None:
         """Has the files removed when autograd drops the token, after a last backward."""
+        self._folder.settle()
         (token,) = tensors
         # Another one comes back where hooks on saved tensors replace them: then the files stay as
         # long as the graph.

@@ -97,7 +97,8 @@ class Leapfrog:
         numbers: list[float] = program.coefficients.tolist()
         levels = [numbers[evaluation.sigma] for evaluation in program.evaluations]
         levels = [*levels, levels[-1]][: len(self.leaps)]
-        sizes = (amplitude + level * reach for level in levels)
+        # At an infinite level the state is divided by it.
+        sizes = (amplitude + level * reach if level < math.inf else reach for level in levels)
         largest = max(size / leap.scale for size, leap in zip(sizes, self.leaps, strict=True))
         return FixedPoint.holding(largest, dtype)
 

@@ -244,16 +244,14 @@ class _Reversing(Adjoint):
 
     def _replay(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
         """The outputs of an evaluation on the way to the end."""
-        with self._circumstances[evaluation].restored():
-            outputs = self._repeated(evaluation, x, scaled).outputs
+        outputs = self._repeated(evaluation, x, scaled).outputs
         return [output.detach() for output in outputs]
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more, and undoes what followed from its outputs."""
         j = self._index[evaluation]
         x, scaled = self._pair.state(j)
-        with self._circumstances[evaluation].restored():
-            call = self._repeated(evaluation, x, scaled)
+        call = self._repeated(evaluation, x, scaled)
         if evaluation is self._evaluations[-1] and bool(_digest(call.outputs) != self._digest):
             _differs(f"step {evaluation.step}")
         outputs = [output.detach() for output in call.outputs]

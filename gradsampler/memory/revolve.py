@@ -159,14 +159,15 @@ class _Revolving(Adjoint):
 
     def _tape(self, evaluation: Evaluation) -> None:
         """The call of the evaluation that has been reached, with its graph."""
-        with self._circumstances[evaluation].restored():
-            self._taped = self._repeated(evaluation, self._work[evaluation.state])
+        self._taped = self._repeated(evaluation, self._work[evaluation.state])
         self._work = {}
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        if self._place is not None:
+            self._place.settle()
         try:
             if self._schedule is None:
-                with self._circumstances[self._evaluations[0]].restored():
+                with self._circumstances.autocast():
                     self._sweep(self._silent, self._replay)
                 self._tape(self._evaluations[-1])
             return super().backward(lam, kept, wants_z0)
@@ -179,8 +180,7 @@ class _Revolving(Adjoint):
 
     def _replay(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
         """The outputs of an evaluation on the way to another one."""
-        with self._circumstances[evaluation].restored():
-            outputs = self._repeated(evaluation, x, scaled).outputs
+        outputs = self._repeated(evaluation, x, scaled).outputs
         return [output.detach() for output in outputs]
 
     def _again(self, evaluation: Evaluation) -> Call:
@@ -195,7 +195,7 @@ class _Revolving(Adjoint):
             elif isinstance(action, Tape):
                 self._tape(evaluation)
             else:
-                with self._circumstances[self._evaluations[action.start]].restored():
+                with self._circumstances.autocast():
                     self._advance(action, self._silent, self._replay)
         following = next(reversed(self._snapshots.values()), None)
         if following is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradsampler.engine import replay
+from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
 from gradsampler.memory.base import Memory
@@ -28,16 +28,21 @@ class Store(Memory):
         numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
         warned = False
 
+        def arrived(evaluation: Evaluation, g: Tensor) -> None:
+            trajectory.observer.finite(evaluation, g, "the gradient")
+            if evaluation is trajectory.program.evaluations[0]:
+                trajectory.observer.settle()
+
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             nonlocal warned
             if x.requires_grad:
-                x.register_hook(lambda g: trajectory.observer.finite(evaluation, g, "the gradient"))
+                x.register_hook(lambda g: arrived(evaluation, g))
             model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
             cond = trajectory.cond.filled(trajectory.cond.tensors)
             asked = model_input.requires_grad and not warned
-            since = replay.mark() if asked else 0
+            since = graph.mark() if asked else 0
             outputs = trajectory.call(evaluation, model_input, level, cond)
-            if asked and not replay.reaches(outputs, model_input, since):
+            if asked and not graph.reaches(outputs, model_input, since):
                 warned = True
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             return outputs

@@ -69,7 +69,7 @@ class Truncated(Memory):
             warnings.warn(
                 f"memory=Truncated: the gradient to z0 is zero, since the last {self.steps} steps "
                 "inject no noise; take an exact memory, or noise",
-                stacklevel=4,
+                stacklevel=6,
             )
         constants = {names[slot]: x for slot, x in slots.items()}
         return inner.run(replace(trajectory, program=tail, constants=constants), z0)

@@ -320,9 +320,8 @@ class Given(NoiseSource):
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
             _checks.fail_type("Given: tensors", "be a list of tensors", tensors)
-        for k, x in enumerate(tensors):
-            _checks.floating(f"Given: tensors[{k}]", x)
-        self._tensors = tuple(tensors)
+        checked = [_checks.floating(f"Given: tensors[{k}]", x) for k, x in enumerate(tensors)]
+        self._tensors = tuple(map(_checks.savable, checked))
         self._position: dict[Injected, int] = {(k, 0): k for k in range(len(tensors))}
 
     def _at(self, step: int, draw: int) -> int:
@@ -386,9 +385,16 @@ def draw_of(
     name = name_of(step, num_steps, draw)
     numbers = source.draw(z0, *name)
     if numbers is None:
-        given = source.at(z0.to(dtype), *name)
+        given = _checked(source, source.at(z0.to(dtype), *name), z0, step)
         return Draw(GIVEN, philox.counter(step, draw), given=given)
     return numbers
+
+
+def _checked(source: NoiseSource, noise: object, z0: Tensor, step: int) -> Tensor:
+    """The noise of a source of the user's own, if it fits; the same on every backend."""
+    name = f"noise={type(source).__name__}: what at returns at step {step}"
+    given = _checks.shape(name, _checks.floating(name, noise), z0.shape)
+    return _checks.device(name, given, z0.device)
 
 
 def signed_roll(z0: Tensor, seed: int, step: int, offset: int) -> Tensor:

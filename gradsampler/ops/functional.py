@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.contract import ANCESTRAL, Draw
+from gradsampler.contract import ANCESTRAL, SIGNED_ROLL, Draw
 from gradsampler.noise import philox
 from gradsampler.noise.sources import NoiseSource, draw_of
 from gradsampler.ops import library
@@ -70,7 +70,7 @@ def step(
     injection = _injection(noise, z0, step, num_steps, draw, terms)
     dtype = _result_dtype(out, out_dtype, first)
     words, numbers, given = library.lowered(injection)
-    result: Tensor = library.step(
+    arguments = (
         list(terms),
         factors,
         tensor,
@@ -80,14 +80,17 @@ def step(
         amount if isinstance(amount, Tensor) else None,
         words,
         numbers,
-        dtype,
-        backend or "",
     )
     if out is None:
+        result: Tensor = library.step(*arguments, dtype, backend or "")
         return result
-    if result.requires_grad:
+    read = [x for x in (*terms, tensor, z0, given, noise_coef) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*read, out)):
         _checks.fail("step: out", "be None where a gradient is recorded", "a tensor")
-    return out.copy_(result)
+    if _written(out, read, injection):
+        library.step_out(*arguments, out, backend or "")
+        return out
+    return out.copy_(library.step(*arguments, dtype, backend or ""))
 
 
 def reparameterize(
@@ -188,11 +191,9 @@ def ancestral_step(
     if clamp is not None and not clamp[0] <= clamp[1]:
         _checks.fail("ancestral_step: clamp", "be (low, high) with low <= high", clamp)
     numbers, tensor = _coefficients("ancestral_step", coefs, len(ANCESTRAL), len(x))
-    if tensor is None:
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=x.device)
     bounds = [] if clamp is None else [float(c) for c in clamp]
     result: Tensor = library.ancestral_step(
-        x, model_output, noise, tensor, nonzero, bounds, backend or ""
+        x, model_output, noise, numbers, tensor, nonzero, bounds, backend or ""
     )
     return result
 
@@ -285,6 +286,19 @@ def _injection(
     if injection.given is not None:
         _same(f"step: noise={type(noise).__name__}: its tensor", injection.given, terms[0])
     return injection
+
+
+def _written(out: Tensor, read: Sequence[Tensor], injection: Draw | None) -> bool:
+    """Whether a kernel may write ``out`` itself: none of its elements is read for another one."""
+    if torch.compiler.is_compiling() or not out.is_contiguous():
+        return False
+    rolled = injection is not None and injection.kind == SIGNED_ROLL
+    whole = (out.data_ptr(), out.shape, out.stride(), out.dtype)
+    return all(
+        x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+        or (not rolled and (x.data_ptr(), x.shape, x.stride(), x.dtype) == whole)
+        for x in read
+    )
 
 
 def _result_dtype(out: object, out_dtype: object, first: Tensor) -> torch.dtype:

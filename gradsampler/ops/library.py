@@ -100,6 +100,34 @@ def _step(
     return result.contiguous()
 
 
+def _step_out(
+    terms: list[Tensor],
+    factors: list[float],
+    coefs: Tensor | None,
+    z0: Tensor | None,
+    given: Tensor | None,
+    noise_number: float,
+    noise_coef: Tensor | None,
+    words: list[int],
+    numbers: list[float],
+    out: Tensor,
+    backend: str,
+) -> None:
+    _backend(backend, terms[0]).step_fwd(
+        terms,
+        factors if coefs is None else coefs,
+        z0,
+        _raised(words, numbers, given),
+        noise_number if noise_coef is None else noise_coef,
+        out=out,
+        out_dtype=out.dtype,
+    )
+
+
+def _step_out_fake(*arguments: Any) -> None:
+    return None
+
+
 def _step_fake(terms: list[Tensor], *arguments: Any) -> Tensor:
     return _contiguous(terms[0], arguments[-2])
 
@@ -183,6 +211,9 @@ def _step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 step = _register("step", f"({_STEP}ScalarType out_dtype, str backend) -> Tensor", _step, _step_fake)
+step_out = _register(
+    "step_out", f"({_STEP}Tensor(a!) out, str backend) -> ()", _step_out, _step_out_fake
+)
 step_backward = _register(
     "step_backward",
     f"(Tensor g, {_STEP}bool[] needs, str backend) -> Tensor[]",
@@ -195,7 +226,8 @@ torch.library.register_autograd(
 
 
 _ANCESTRAL = (
-    "Tensor x, Tensor model_output, Tensor? noise, Tensor coefs, Tensor? nonzero, float[] clamp, "
+    "Tensor x, Tensor model_output, Tensor? noise, float[] factors, Tensor? coefs, "
+    "Tensor? nonzero, float[] clamp, "
 )
 
 
@@ -207,7 +239,8 @@ def _ancestral_step(
     x: Tensor,
     model_output: Tensor,
     noise: Tensor | None,
-    coefs: Tensor,
+    factors: list[float],
+    coefs: Tensor | None,
     nonzero: Tensor | None,
     clamp: list[float],
     backend: str,
@@ -216,7 +249,7 @@ def _ancestral_step(
         x,
         model_output,
         noise,
-        coefs,
+        factors if coefs is None else coefs,
         nonzero=1.0 if nonzero is None else nonzero,
         clamp=_bounds(clamp),
     )
@@ -232,7 +265,8 @@ def _ancestral_step_backward(
     x: Tensor,
     model_output: Tensor,
     noise: Tensor | None,
-    coefs: Tensor,
+    factors: list[float],
+    coefs: Tensor | None,
     nonzero: Tensor | None,
     clamp: list[float],
     needs: list[bool],
@@ -244,7 +278,7 @@ def _ancestral_step_backward(
         x,
         model_output,
         noise,
-        coefs,
+        factors if coefs is None else coefs,
         nonzero=1.0 if nonzero is None else nonzero,
         clamp=_bounds(clamp),
         needs_x=needs[0],
@@ -260,26 +294,27 @@ def _ancestral_step_backward_fake(g: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def _ancestral_step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, model_output, noise, coefs, nonzero, clamp, backend = inputs
+    x, model_output, noise, factors, coefs, nonzero, clamp, backend = inputs
     ctx.save_for_backward(x, model_output, noise, coefs, nonzero)
-    ctx.rest = (clamp, backend)
+    ctx.rest = (factors, clamp, backend)
 
 
 def _ancestral_step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, model_output, noise, coefs, nonzero = ctx.saved_tensors
-    clamp, backend = ctx.rest
+    factors, clamp, backend = ctx.rest
     needs = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
 
         def run(inputs: list[Any]) -> Tensor:
             state, output, drawn = inputs
-            return _ancestral_step(state, output, drawn, coefs, nonzero, clamp, "reference")
+            rest = (factors, coefs, nonzero, clamp, "reference")
+            return _ancestral_step(state, output, drawn, *rest)
 
         found = _twice(run, [x, model_output, noise], needs, g)
     else:
-        rest = (coefs, nonzero, clamp, needs, backend)
+        rest = (factors, coefs, nonzero, clamp, needs, backend)
         found = ancestral_step_backward(g, x, model_output, noise, *rest)
-    return *_spread(found, needs), None, None, None, None
+    return *_spread(found, needs), None, None, None, None, None
 
 
 ancestral_step = _register(

@@ -19,9 +19,8 @@ from gradsampler import _checks
 from gradsampler.contract import (
     GIVEN,
     MAX_TERMS,
+    OF_Z0,
     OFF,
-    SIGNED_ROLL,
-    SINCOS,
     AncestralGrads,
     Draw,
     FlowPairGrads,
@@ -364,7 +363,7 @@ def _pulled(
     """The given noise, and dz0 where something is pulled back to it."""
     if draw is None:
         return None, None
-    back = z0 is not None and draw.kind in (SINCOS, SIGNED_ROLL)
+    back = z0 is not None and draw.kind in OF_Z0
     return draw.given, dz0 if back else None
 
 

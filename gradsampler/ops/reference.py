@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsampler.contract import (
     GIVEN,
+    OF_Z0,
     SIGNED_ROLL,
     SINCOS,
     AncestralGrads,
@@ -194,7 +195,7 @@ def drawn(draw: Draw, z0: Tensor | None, like: Tensor, compute: torch.dtype) -> 
     if draw.kind == GIVEN:
         assert draw.given is not None
         n = draw.weight * draw.given.to(compute)
-    elif draw.kind in (SINCOS, SIGNED_ROLL):
+    elif draw.kind in OF_Z0:
         assert z0 is not None
         z = z0.to(compute)
         if draw.kind == SINCOS:

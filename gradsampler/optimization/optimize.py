@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradsampler import _checks
+from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser, checked_levels
-from gradsampler.engine import generators
+from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
-from gradsampler.engine.replay import RandomState
-from gradsampler.optimization.buffers import Buffers
+from gradsampler.engine.randomness import RandomState
 from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
+from gradsampler.optimization.statistics import RunningStatistics
 from gradsampler.parameterization import Parameterization
 from gradsampler.sampling import sample
 
@@ -44,6 +45,7 @@ class OptimizeResult:
     history: list[OptimizeStep]
 
 
+@uncompiled
 def optimize(
     denoiser: Parameterization | Denoiser,
     z0: Tensor,
@@ -127,7 +129,8 @@ def optimize(
         seen = Identity(settings)
         named = {name: {"": text} for name, text in (identity or {}).items()}
         journal = Journal(checkpoint, seen.by_argument() | named)
-        run = _Run(noise, update, Buffers(seen), generators.reachable(settings))
+        held = parts.reachable(settings).generators
+        run = _Run(noise, update, RunningStatistics(seen), held)
         history = run.resume(journal.load())
 
     with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
@@ -241,10 +244,11 @@ class _Run:
         self,
         noise: Tensor,
         update: torch.optim.Optimizer,
-        buffers: Buffers,
+        statistics: RunningStatistics,
         held: Sequence[torch.Generator],
     ) -> None:
-        self._noise, self._update, self._buffers, self._held = noise, update, buffers, held
+        self._noise, self._update, self._held = noise, update, held
+        self._statistics = statistics
 
     def state(self, history: list[OptimizeStep]) -> dict[str, Any]:
         return {
@@ -252,7 +256,7 @@ class _Run:
             "optimizer": self._update.state_dict(),
             "history": [tuple(step) for step in history],
             "random": RandomState(self._noise.device, generators=self._held).tensors,
-            "buffers": self._buffers.changed(),
+            "buffers": self._statistics.changed(),
         }
 
     def resume(self, state: dict[str, Any] | None) -> list[OptimizeStep]:
@@ -262,6 +266,6 @@ class _Run:
         with torch.no_grad():
             self._noise.copy_(state["z0"])
         self._update.load_state_dict(state["optimizer"])
-        self._buffers.restore(state["buffers"])
+        self._statistics.restore(state["buffers"])
         RandomState(self._noise.device, state["random"], self._held).restore()
         return [OptimizeStep(*step) for step in state["history"]]

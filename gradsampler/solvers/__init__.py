@@ -6,9 +6,17 @@ from collections.abc import Callable
 from functools import partial
 
 from gradsampler import _checks
+from gradsampler.engine.program import Recorder
 from gradsampler.solvers.adams import IPNDM, LMS, GradientEstimation, IPNDMv
 from gradsampler.solvers.ancestral import DPM2Ancestral, DPMpp2SAncestral, EulerAncestral
 from gradsampler.solvers.base import Churn, Solver
+from gradsampler.solvers.cfg_pp import (
+    DPMpp2MCFGpp,
+    DPMpp2SAncestralCFGpp,
+    EulerCFGpp,
+    GradientEstimationCFGpp,
+    ResMultistepCFGpp,
+)
 from gradsampler.solvers.consistency import Consistency
 from gradsampler.solvers.correction import SASolver, UniPC
 from gradsampler.solvers.ddim import DDIM, DDPM
@@ -17,10 +25,11 @@ from gradsampler.solvers.dpm_solver import DPMFast
 from gradsampler.solvers.dpmpp import DPMpp2M, DPMpp2MSDE, DPMpp3MSDE, DPMppSDE
 from gradsampler.solvers.er_sde import ERSDE
 from gradsampler.solvers.euler import Euler
-from gradsampler.solvers.heun import DPM2, Heun, HeunEDMx0, HeunPP2, Kutta3, Midpoint
-from gradsampler.solvers.res import Res2AB, Res2Mid, Res2MidStable
+from gradsampler.solvers.heun import DPM2, Heun, HeunEDMx0, HeunPP2, Kutta3, Midpoint, Restart
+from gradsampler.solvers.res import Res2AB, Res2Mid, Res2MidStable, ResMultistep
 from gradsampler.solvers.reversible import MidpointReversible
 from gradsampler.solvers.seeds import Seeds2, Seeds3
+from gradsampler.solvers.spellings import SPELLINGS
 
 __all__ = [
     "DDIM",
@@ -35,13 +44,17 @@ __all__ = [
     "DPM2Ancestral",
     "DPMFast",
     "DPMpp2M",
+    "DPMpp2MCFGpp",
     "DPMpp2MSDE",
     "DPMpp2SAncestral",
+    "DPMpp2SAncestralCFGpp",
     "DPMpp3MSDE",
     "DPMppSDE",
     "Euler",
     "EulerAncestral",
+    "EulerCFGpp",
     "GradientEstimation",
+    "GradientEstimationCFGpp",
     "Heun",
     "HeunEDMx0",
     "HeunPP2",
@@ -49,9 +62,13 @@ __all__ = [
     "Kutta3",
     "Midpoint",
     "MidpointReversible",
+    "Recorder",
     "Res2AB",
     "Res2Mid",
     "Res2MidStable",
+    "ResMultistep",
+    "ResMultistepCFGpp",
+    "Restart",
     "SASolver",
     "Seeds2",
     "Seeds3",
@@ -63,41 +80,51 @@ __all__ = [
 ]
 
 _REGISTRY: dict[str, Callable[[], Solver]] = {
+    "ddim": DDIM,
+    "ddpm": DDPM,
     "deis": DEIS,
     "dpm_2": DPM2,
+    "dpm_2_ancestral": DPM2Ancestral,
     "dpm_fast": DPMFast,
+    "dpmpp_2m": DPMpp2M,
+    "dpmpp_2m_cfg_pp": DPMpp2MCFGpp,
+    "dpmpp_2m_sde": DPMpp2MSDE,
+    "dpmpp_2m_sde_heun": partial(DPMpp2MSDE, variant="heun"),
+    "dpmpp_2s_ancestral": DPMpp2SAncestral,
+    "dpmpp_2s_ancestral_cfg_pp": DPMpp2SAncestralCFGpp,
+    "dpmpp_3m_sde": DPMpp3MSDE,
     "dpmpp_sde": DPMppSDE,
     "er_sde": ERSDE,
+    "euler": Euler,
+    "euler_ancestral": EulerAncestral,
+    "euler_ancestral_cfg_pp": partial(EulerCFGpp, eta=1.0),
+    "euler_cfg_pp": EulerCFGpp,
+    "gradient_estimation": GradientEstimation,
+    "gradient_estimation_cfg_pp": GradientEstimationCFGpp,
+    "heun": Heun,
+    "heun_edm_x0": HeunEDMx0,
+    "heunpp2": HeunPP2,
+    "ipndm": IPNDM,
+    "ipndm_v": IPNDMv,
+    "kutta3": Kutta3,
     "lcm": Consistency,
+    "lms": LMS,
+    "midpoint": Midpoint,
+    "midpoint_reversible": MidpointReversible,
+    "res_2ab": Res2AB,
+    "res_2mid": Res2Mid,
+    "res_2mid_stable": Res2MidStable,
+    "res_multistep": ResMultistep,
+    "res_multistep_ancestral": partial(ResMultistep, eta=1.0),
+    "res_multistep_ancestral_cfg_pp": partial(ResMultistepCFGpp, eta=1.0),
+    "res_multistep_cfg_pp": ResMultistepCFGpp,
+    "restart": Restart,
     "sa_solver": SASolver,
     "sa_solver_pece": partial(SASolver, pece=True),
     "seeds_2": Seeds2,
     "seeds_3": Seeds3,
     "uni_pc": UniPC,
     "uni_pc_bh2": partial(UniPC, variant="bh2"),
-    "dpm_2_ancestral": DPM2Ancestral,
-    "dpmpp_2m_sde_heun": partial(DPMpp2MSDE, variant="heun"),
-    "dpmpp_2s_ancestral": DPMpp2SAncestral,
-    "dpmpp_3m_sde": DPMpp3MSDE,
-    "gradient_estimation": GradientEstimation,
-    "heun_edm_x0": HeunEDMx0,
-    "heunpp2": HeunPP2,
-    "ipndm": IPNDM,
-    "ipndm_v": IPNDMv,
-    "kutta3": Kutta3,
-    "lms": LMS,
-    "euler": Euler,
-    "heun": Heun,
-    "midpoint": Midpoint,
-    "midpoint_reversible": MidpointReversible,
-    "res_2ab": Res2AB,
-    "res_2mid": Res2Mid,
-    "res_2mid_stable": Res2MidStable,
-    "dpmpp_2m": DPMpp2M,
-    "dpmpp_2m_sde": DPMpp2MSDE,
-    "euler_ancestral": EulerAncestral,
-    "ddim": DDIM,
-    "ddpm": DDPM,
 }
 
 
@@ -116,7 +143,7 @@ def register(name: str, solver: Callable[[], Solver]) -> None:
 def resolve(solver: str | Solver, eta: float | None = None, s_noise: float = 1.0) -> Solver:
     """The solver object for a name or an object, with ``eta`` and ``s_noise`` set where given."""
     if not isinstance(solver, Solver):
-        solver = _REGISTRY[_checks.choice("solver", solver, _REGISTRY)]()
+        solver = _REGISTRY[_checks.choice("solver", solver, _REGISTRY, SPELLINGS)]()
     given = {} if eta is None else {"eta": eta}
     if s_noise != 1.0:
         given["s_noise"] = s_noise

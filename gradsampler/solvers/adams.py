@@ -33,6 +33,10 @@ class LMS(Solver):
     def __post_init__(self) -> None:
         check_order("lms", self.order)
 
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return self.order
+
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, _ = run.denoise(x, s)
         points = latest(run, s, self.order)
@@ -56,6 +60,10 @@ class IPNDM(Solver):
 
     def __post_init__(self) -> None:
         check_order("ipndm", self.order)
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return min(self.order, 2)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -83,6 +91,10 @@ class IPNDMv(Solver):
 
     def __post_init__(self) -> None:
         check_order("ipndm_v", self.order)
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return min(self.order, 2)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -133,6 +145,7 @@ class GradientEstimation(Solver):
     """
 
     flow = True
+    ode_order = 1
     gamma: float = 2.0
 
     def __post_init__(self) -> None:

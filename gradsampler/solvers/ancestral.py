@@ -74,6 +74,8 @@ class EulerAncestral(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 1
+    weak_order = 1
     eta: float = 1.0
     s_noise: float = 1.0
 
@@ -99,6 +101,8 @@ class DPM2Ancestral(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 2
+    weak_order = 1
     eta: float = 1.0
     s_noise: float = 1.0
 
@@ -127,6 +131,8 @@ class DPMpp2SAncestral(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 2
+    weak_order = 1
     eta: float = 1.0
     s_noise: float = 1.0
 

@@ -3,7 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from gradsampler import _checks
 from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.program import Affine, Program, Recorder
-from gradsampler.parameterization import Parameterization
+from gradsampler.parameterization import Parameterization, parameterize
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class Solver(ABC):
 
     stochastic: ClassVar[bool] = False  # injects noise of its own
     flow: ClassVar[bool] = False  # also defined in flow time
+    monotone: ClassVar[bool] = True  # needs levels that decrease strictly
+    ode_order: ClassVar[int | None] = None  # of convergence to the ODE, with eta = 0
+    weak_order: ClassVar[int | None] = None  # of the moments' convergence to those of the SDE
 
     @abstractmethod
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
@@ -70,8 +73,8 @@ class Solver(ABC):
         Args:
             run: evaluates the model with ``run.denoise(x, sigma)``, injects with ``run.noise()``.
             x: the state at level s.
-            s: current level, a float or 0-d float64.
-            t: next level, below s; may be 0.
+            s: current level, a float or 0-d float64, positive.
+            t: next level, below s where the solver is `monotone`; may be 0.
 
         Returns:
             The state at level t.
@@ -80,22 +83,33 @@ class Solver(ABC):
     def program(
         self,
         sigmas: Tensor,
-        model: Parameterization,
+        denoiser: Parameterization | Callable[..., Tensor],
         *,
+        prediction: str = "x0",
         churn: Churn | None = None,
         final_denoise: bool = False,
     ) -> Program:
         """The program of a whole run from ``sigmas[0] * z0``.
 
+        An infinite ``sigmas[0]`` is noise alone, of which the first step is DDIM's for every
+        solver: the sample that the model predicts, and z0 at the next level.
+
         Args:
-            sigmas: [N+1] strictly decreasing levels, float64 on the CPU; may require grad.
-            model: how the network's output is read.
+            sigmas: [N+1] levels, float64 on the CPU; may require grad.
+            denoiser: a `Parameterization`, or a plain callable.
+            prediction: what a plain callable predicts, "x0" | "epsilon" | "v" | "flow".
             churn: raises the level before each step.
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
         """
         levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
-        run = Recorder(model, len(levels) - 1)
-        x = self.steps(run, levels[0] * run.z0(), levels, churn or Churn(0.0))
+        run = Recorder(parameterize(denoiser, prediction).on(sigmas), len(levels) - 1)
+        if math.isinf(as_float(levels[0])):
+            noise, denoised = run.denoise(run.z0(), levels[0])
+            run.predictions.clear()  # no method interpolates from infinity
+            run.step, levels, x = 1, levels[1:], denoised + levels[1] * noise
+        else:
+            x = levels[0] * run.z0()
+        x = self.steps(run, x, levels, churn or Churn(0.0))
         if final_denoise:
             run.step = run.num_steps
             _, x = run.denoise(x, levels[-1])
@@ -105,7 +119,8 @@ class Solver(ABC):
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn
     ) -> Affine:
         """All steps, from the state at the first level to that at the last."""
-        for run.step, (s, t) in enumerate(pairwise(levels)):
+        for step, (s, t) in enumerate(pairwise(levels), start=run.step):
+            run.step = step
             noise, s = churn.raised(run, s)
             x = self.step(run, x + noise, s, t)
         return x

@@ -12,8 +12,10 @@ from gradsampler.solvers.base import Solver
 
 @dataclass(frozen=True)
 class Consistency(Solver):
-    """The prediction, noised anew to the next level (Song et al. 2023, arXiv 2303.01469, algorithm
-    1; with sigma_min = 0 the sampler of latent consistency models, arXiv 2310.04378).
+    """The prediction of a consistency model, noised anew to the next level.
+
+    Song et al. 2023, arXiv 2303.01469, algorithm 1; with sigma_min = 0 the sampler of latent
+    consistency models (Luo et al. 2023, arXiv 2310.04378).
 
     It solves no differential equation, and with more steps converges to nothing: it is for networks
     whose prediction is a sample.

@@ -89,6 +89,10 @@ class UniPC(Sweep):
         check_order("uni_pc", self.order, 3)
         _checks.choice("uni_pc: variant", self.variant, ("bh1", "bh2"))
 
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return min(self.order + 1, 2) if self.lower_order_final else self.order + 1
+
     def weights(self, nodes: list[Coefficient], z: Coefficient) -> list[Coefficient]:
         """Of the points at ``nodes``, as `adams` but for two."""
         if len(nodes) == 2:
@@ -152,6 +156,14 @@ class SASolver(Sweep):
         check_order("sa_solver", self.predictor_order)
         if _checks.integer("sa_solver: corrector_order", self.corrector_order, 0) > 4:
             _checks.fail("sa_solver: corrector_order", "be at most 4", self.corrector_order)
+
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return max(self.predictor_order, min(self.corrector_order, self.predictor_order + 1))
+
+    @property
+    def weak_order(self) -> int:  # type: ignore[override]
+        return min(self.ode_order, 2)
 
     def weights(self, nodes: list[Coefficient], z: Coefficient) -> list[Coefficient]:
         """Of the points at ``nodes``."""

@@ -26,6 +26,8 @@ class DDIM(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 1
+    weak_order = 1
     eta: float = 0.0
     s_noise: float = 1.0
 
@@ -49,6 +51,7 @@ class DDPM(Solver):
     """
 
     stochastic: ClassVar[bool] = True
+    weak_order = 1
     variance: str = "fixed_small"
     s_noise: float = 1.0
 

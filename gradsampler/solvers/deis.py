@@ -45,6 +45,10 @@ class DEIS(Solver):
         check_order("deis", self.order)
         _checks.choice("deis: variable", self.variable, ("time", "rho", "log_rho"))
 
+    @property
+    def ode_order(self) -> int:  # type: ignore[override]
+        return min(self.order, 3)
+
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
         if at_an_end(run, s, t):
@@ -72,6 +76,8 @@ class DEIS(Solver):
         nodes = [vp_time(rho(p.sigma)) - vp_time(start) for p in points]
 
         def moment(k: int) -> Coefficient:
-            return integral(lambda u: (vp_time(u) - vp_time(start)) ** k, start, end)
+            return integral(
+                lambda u: math.prod([vp_time(u) - vp_time(start)] * k, start=1.0), start, end
+            )
 
         return interpolatory(nodes, [moment(k) for k in range(len(points))])

@@ -79,6 +79,8 @@ class DPMFast(Sweep):
     """
 
     flow = True
+    ode_order = 2
+    weak_order = 1
     evaluations: int | None = None
     eta: float = 0.0
     s_noise: float = 1.0

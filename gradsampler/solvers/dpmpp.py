@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsampler import _checks
-from gradsampler.elementary import Coefficient
+from gradsampler.elementary import Coefficient, sqrt
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Solver
 from gradsampler.solvers.exponential import (
@@ -20,9 +20,10 @@ from gradsampler.solvers.exponential import (
 
 @dataclass(frozen=True)
 class DPMpp2M(Solver):
-    """DPM-Solver++(2M) (algorithm 2); first order on the first step and on a step to level 0."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); of first order at both ends."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -47,6 +48,8 @@ class DPMpp2MSDE(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 2
+    weak_order = 2
     eta: float = 1.0
     s_noise: float = 1.0
     variant: str = "midpoint"
@@ -86,6 +89,8 @@ class DPMpp3MSDE(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 2
+    weak_order = 2
     eta: float = 1.0
     s_noise: float = 1.0
 
@@ -117,32 +122,46 @@ class DPMpp3MSDE(Solver):
 class DPMppSDE(Solver):
     """DPM-Solver++ with a noise at each of its two evaluations, as in k-diffusion.
 
-    The noise of the whole step is drawn anew at its end.
-
     Args:
         eta: share of ancestral noise; 0 is DPM-Solver++(2S).
         s_noise: factor of the injected noise.
         r: where in the step, in half log-SNR, the second evaluation is.
+        independent: draws the noise of the whole step anew, as a ``noise_sampler`` of independent
+            draws makes k-diffusion do. Else the noise up to the second evaluation is a part of it,
+            as with k-diffusion's Brownian tree; only so is the method of second order.
     """
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 2
+    weak_order = 1
     eta: float = 1.0
     s_noise: float = 1.0
     r: float = 0.5
+    independent: bool = False
 
     def __post_init__(self) -> None:
         _checks.finite("dpmpp_sde: eta", self.eta, 0.0)
         _checks.finite("dpmpp_sde: s_noise", self.s_noise, 0.0)
-        if not 0 < _checks.finite("dpmpp_sde: r", self.r) <= 1:
-            _checks.fail("dpmpp_sde: r", "be above 0 and at most 1", self.r)
+        if not 0 < _checks.finite("dpmpp_sde: r", self.r) < 1:
+            _checks.fail("dpmpp_sde: r", "lie between 0 and 1", self.r)
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
-        noise = self.eta, self.s_noise
-        if not at_an_end(run, s, t):
-            half_log_snr = run.coordinates.half_log_snr
-            inner = run.coordinates.level((1 - self.r) * half_log_snr(s) + self.r * half_log_snr(t))
-            _, at_inner = run.denoise(renoising_step(run, x, denoised, s, inner, *noise), inner)
-            denoised = denoised + (at_inner - denoised) / (2 * self.r)
-        return renoising_step(run, x, denoised, s, t, *noise)
+        amount = self.eta, self.s_noise
+        if at_an_end(run, s, t):
+            return renoising_step(run, x, denoised, s, t, *amount)
+        half_log_snr = run.coordinates.half_log_snr
+        inner = run.coordinates.level((1 - self.r) * half_log_snr(s) + self.r * half_log_snr(t))
+        drawn: list[Affine] = []
+
+        def path() -> Affine:
+            drawn.append(run.noise())
+            if len(drawn) == 1 or self.independent:
+                return drawn[-1]
+            share = (s - inner) / (s - t)  # of the path, in the level as its time
+            return sqrt(share) * drawn[0] + sqrt(1 - share) * drawn[1]
+
+        _, at_inner = run.denoise(renoising_step(run, x, denoised, s, inner, *amount, path), inner)
+        mean = denoised + (at_inner - denoised) / (2 * self.r)
+        return renoising_step(run, x, mean, s, t, *amount, path)

@@ -13,6 +13,7 @@ class Euler(Solver):
     """Euler's method on dx/ds = (x - D)/s (Karras et al. 2022, algorithm 1 without line 6)."""
 
     flow = True
+    ode_order = 1
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)

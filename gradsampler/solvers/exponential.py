@@ -7,6 +7,7 @@ and where a state is noise alone, each of their steps has the first-order one as
 """
 
 import math
+from collections.abc import Callable
 
 from gradsampler.elementary import Coefficient, as_float, exp, expm1, sqrt, square
 from gradsampler.engine.program import Affine, Denoised, Recorder
@@ -109,12 +110,14 @@ def renoising_step(
     t: Coefficient,
     eta: Coefficient,
     s_noise: Coefficient,
+    noise: Callable[[], Affine] | None = None,
 ) -> Affine:
     """DDIM's step, with a share of the noise drawn anew (arXiv 2010.02502, equations 12 and 16).
 
     In VE coordinates it is the ancestral step of k-diffusion; an eta above 1 acts as far as there
-    is noise to draw.
+    is noise to draw. ``noise`` draws it, by default as a noise of its own.
     """
+    noise = noise or run.noise
     alpha = run.coordinates.alpha
     if t == 0:
         return denoised
@@ -123,5 +126,5 @@ def renoising_step(
         return clean + t * x
     fresh = eta * sqrt(1 - square((t * alpha(s)) / (s * alpha(t))))
     if fresh >= 1:
-        return clean + s_noise * t * run.noise()
-    return clean + t * sqrt(1 - square(fresh)) * x + s_noise * t * fresh * run.noise()
+        return clean + s_noise * t * noise()
+    return clean + t * sqrt(1 - square(fresh)) * x + s_noise * t * fresh * noise()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gradsampler.elementary import Coefficient, sqrt
+from gradsampler import _checks
+from gradsampler.elementary import Coefficient, sqrt, square
 from gradsampler.engine.program import Affine, Recorder
 from gradsampler.solvers.base import Churn, Solver, Sweep
 from gradsampler.solvers.exponential import first_order
@@ -19,6 +20,7 @@ class Heun(Solver):
     """Heun's method (Karras et al. 2022, algorithm 1)."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -31,10 +33,36 @@ class Heun(Solver):
 
 
 @dataclass(frozen=True)
+class Restart(Heun):
+    """Heun's method over levels that may rise, where it goes back up by adding noise.
+
+    Xu et al. 2023, arXiv 2306.14878, algorithm 1. `schedules.restart` puts such levels together; on
+    falling ones it is Heun's method.
+
+    Args:
+        s_noise: factor of the noise that is added on the way up.
+    """
+
+    monotone = False
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.finite("restart: s_noise", self.s_noise, 0.0)
+
+    def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
+        if t <= s:
+            return super().step(run, x, s, t)
+        gain = run.coordinates.alpha(t) / run.coordinates.alpha(s)
+        up = sqrt(square(t) - square(gain * s))
+        return gain * x + self.s_noise * up * run.noise()
+
+
+@dataclass(frozen=True)
 class Midpoint(Solver):
     """The explicit midpoint method, with the midpoint (s + t)/2."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -45,9 +73,10 @@ class Midpoint(Solver):
 
 @dataclass(frozen=True)
 class DPM2(Solver):
-    """k-diffusion's dpm_2: the midpoint method with the midpoint sqrt(s t)."""
+    """The midpoint method with the midpoint sqrt(s t), k-diffusion's dpm_2."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -70,6 +99,7 @@ class HeunEDMx0(Solver):
     """Euler's step with the mean of the predictions at both ends (Cosmos's 2heun_edm)."""
 
     flow = True
+    ode_order = 2
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -85,6 +115,7 @@ class Kutta3(Solver):
     """Kutta's third-order method (Kutta 1901)."""
 
     flow = True
+    ode_order = 3
 
     def step(self, run: Recorder, x: Affine, s: Coefficient, t: Coefficient) -> Affine:
         x, denoised = run.denoise(x, s)
@@ -107,6 +138,7 @@ class HeunPP2(Sweep):
     """
 
     flow = True
+    ode_order = 1
 
     def steps(
         self, run: Recorder, x: Affine, levels: Sequence[Coefficient], churn: Churn

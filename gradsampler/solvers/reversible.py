@@ -31,6 +31,9 @@ class MidpointReversible(Sweep):
         s_noise: factor of that noise.
     """
 
+    ode_order = 2
+    weak_order = 1
+
     eta: float = 0.0
     s_noise: float = 1.0
 

@@ -70,6 +70,8 @@ class Seeds2(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 2
+    weak_order = 2
     eta: float = 1.0
     s_noise: float = 1.0
     r: float = 0.5
@@ -102,6 +104,8 @@ class Seeds3(Solver):
 
     stochastic: ClassVar[bool] = True
     flow = True
+    ode_order = 3
+    weak_order = 2
     eta: float = 1.0
     s_noise: float = 1.0
     r_1: float = 1 / 3

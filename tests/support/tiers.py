@@ -7,33 +7,42 @@ import pytest
 
 
 def few(values, *kept):
-    """The values of a costly parameter: all but ``kept`` are thorough."""
+    """The values of a costly parameter: all but ``kept`` are thorough. A tuple is several."""
     assert set(kept) <= set(values)
     return [
-        v if v in kept else pytest.param(*several(v), marks=pytest.mark.thorough) for v in values
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=[] if value in kept else [pytest.mark.thorough],
+        )
+        for value in values
     ]
 
 
-def several(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-def pairs(costly=True, **axes):
+def pairs(**axes):
     """Parametrises by few combinations that hold each pair of values of two axes at least once.
 
-    Where they are ``costly``, those which hold each value once come first, and the others are
-    thorough. For matrices whose axes can only disturb one another two by two.
+    Those which hold each value once come first, and the others are thorough. For costly matrices
+    whose axes can only disturb one another two by two.
     """
     cases, spread = covering(*map(list, axes.values()))
     params = [
         pytest.param(
             *case,
             id="-".join(str(value).removeprefix("torch.") for value in case),
-            marks=[pytest.mark.thorough] if costly and k >= spread else [],
+            marks=[pytest.mark.thorough] if k >= spread else [],
         )
         for k, case in enumerate(cases)
     ]
     return pytest.mark.parametrize(list(axes), params)
+
+
+def once(**axes):
+    """Parametrises by as few combinations as hold each value once, all of them cheap.
+
+    For axes of which another test holds the pairs.
+    """
+    cases, spread = covering(*map(list, axes.values()))
+    return pytest.mark.parametrize(list(axes), cases[:spread])
 
 
 def covering(*axes):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
-from gradsampler.engine import generators
 from gradsampler.engine.recomputation import recomputed
 from gradsampler.integrations.diffusers.draws import replaced
 from gradsampler.integrations.diffusers.rehearsal import bound
@@ -66,8 +65,7 @@ class _Replaced:
 
 
 def _recomputed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    held = generators.reachable(module, args, kwargs)
-    return recomputed(module, args, kwargs, generators=held, name=type(module).__name__)
+    return recomputed(module, args, kwargs, name=type(module).__name__)
 
 
 class _Kept:

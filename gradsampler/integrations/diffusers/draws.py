@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler.engine.replay import RandomState
+from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers.glue import Glue
 from gradsampler.integrations.diffusers.rehearsal import Draw, without_generator
 from gradsampler.noise.sources import Cotangent, Injected, NoiseSource, name_of

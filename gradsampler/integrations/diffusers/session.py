@@ -78,6 +78,7 @@ class Session:
     ) -> None:
         self.call = own_call(pipe)
         self.glue = Glue()
+        self.reached = -1  # the furthest turn that was run
         self.live = True  # whether what runs is the sampling and not a repetition
         self.model: Model = lambda module, args, kwargs: module(*args, **kwargs)
         self.step: Callable[..., Any] | None = None
@@ -118,9 +119,7 @@ class Session:
         if isinstance(part, nn.Module):
             if name == "vae" and hasattr(part, "decode"):
                 return self._autoencoder(part)
-            homes = {each.__module__.split(".")[0] for each in type(part).__mro__}
-            foreign = "transformers" in homes
-            return stand_in(part, self._aside if foreign else self._called)
+            return stand_in(part, self._aside if _is_encoder(part) else self._called)
         if hasattr(part, "step") and hasattr(part, "set_timesteps"):
             hooks = {"step": self._stepped, "set_timesteps": self._set}
             return parts.overridden(parts.copied(part), hooks)
@@ -129,6 +128,12 @@ class Session:
     def anew(self) -> "Session":
         """Another session of the same call."""
         return Session(self._original, self._given, self._levels, self._decode)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The user's modules that a turn may call."""
+        parts = vars(self._original).values()
+        return [part for part in parts if isinstance(part, nn.Module) and not _is_encoder(part)]
 
     @property
     def name(self) -> str:
@@ -228,7 +233,13 @@ class Session:
         self.pipe.__dict__.update({name: lifted(x) for name, x in attributes.items()})
 
     def advance(self, turn: int) -> None:
-        """Moves the bars on, where the pipeline's own code does not get to it."""
+        """Moves the bars on, where the pipeline's own code does not get to it.
+
+        A turn that is run again does not.
+        """
+        if turn <= self.reached:
+            return
+        self.reached = turn
         for bar in self.bars:
             if bar.total is None or bar.n < bar.total:
                 bar.update()
@@ -265,6 +276,11 @@ def _set_levels(scheduler: Any, levels: Tensor) -> None:
     if bool((levels < 0).any()) or not bool(torch.isfinite(levels).all()):
         _checks.fail("levels", "be finite and at least 0", levels.tolist())
     scheduler.sigmas = levels.to(own.device)
+
+
+def _is_encoder(part: nn.Module) -> bool:
+    """Whether a module is of transformers: a pipeline calls these before its loop alone."""
+    return any(each.__module__.split(".")[0] == "transformers" for each in type(part).__mro__)
 
 
 def lifted(x: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.engine import generators
-from gradsampler.engine.replay import RandomState
+from gradsampler.engine import parts
+from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers import calls, program, steps
 from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
@@ -186,13 +186,13 @@ def _prepared(session: Session) -> _Prepared:
         return _only_calls(str(reason))
     against: dict[str, str] = {}
     table = carried = None
+    results = loop.read_after if session.wants_tail else None
     try:
-        results = loop.read_after if session.wants_tail else None
         table = read(rehearsal, session.scheduler, session.glue, results)
     except Refused as reason:
         against["program"] = str(reason)
     try:
-        carried = steps.Carried(head, rehearsal, tail=session.wants_tail)
+        carried = steps.Carried(head, rehearsal, results)
     except Refused as reason:
         against["steps"] = str(reason)
     method = next(way for way in METHODS[1:] if way not in against)
@@ -215,4 +215,4 @@ def _bound(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 def _random(pipe: Any, arguments: Mapping[str, Any]) -> RandomState:
     """The random state that a call of the pipeline may change."""
     device = pipe._execution_device
-    return RandomState(device, generators=generators.reachable(arguments))
+    return RandomState(device, generators=parts.reachable(arguments).generators)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.engine import replay
+from gradsampler.engine import graph
 from gradsampler.engine.adjoint import Adjoint, Call
 from gradsampler.engine.program import Z0, Evaluation
+from gradsampler.engine.randomness import RandomState
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
+from gradsampler.memory.planning import drawn
 from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.saved import Saved, address
 
@@ -42,15 +44,16 @@ class Footprint:
     backward_peak: int
     forward_seconds: float
     backward_seconds: float
+    drawn: drawn.Drawn  # what one injection costs, beside the state that it is added to
 
 
 def measured(trajectory: Trajectory, z0: Tensor) -> Footprint:
     """The footprint of the first evaluation of a run from ``z0`` [B, *state] in its state dtype.
 
-    One forward and one backward of the model, under the circumstances of this moment (autocast,
-    train mode). Random state, buffers of modules and ``.grad`` stay as they are. On CUDA the peak
-    statistics of the allocator start anew. On the CPU a `torch.compile`d model is measured as it
-    runs uncompiled.
+    One forward and one backward of the model, and one noise where no kernel draws it, under the
+    circumstances of this moment (autocast, train mode). Random state, buffers of modules and
+    ``.grad`` stay as they are. On CUDA the peak statistics of the allocator start anew. On the CPU
+    a `torch.compile`d model is measured as it runs uncompiled.
     """
     with _undisturbed(trajectory, z0.device):
         return _Probe(trajectory, z0).footprint
@@ -79,6 +82,7 @@ class _Probe(Adjoint):
         counter = gauge(x.device)
         with counter:
             torch.zeros((), device=x.device)  # torch imports now what the first use of a mode needs
+        noise = drawn.measured(trajectory, self._z0)
         with counter, Saved(known) as saved:
             call = self._first(evaluation, x, None)
         forward_peak, held = counter.peak, counter.live
@@ -102,6 +106,7 @@ class _Probe(Adjoint):
             backward_peak=max(counter.peak, held),
             forward_seconds=sum(self._seconds),
             backward_seconds=sum(backward),
+            drawn=noise,
         )
         return self._z0
 
@@ -115,7 +120,7 @@ class _Probe(Adjoint):
         inner = [call.level, *self._cond, *self._leaves.values()]
         if not pairs:
             return []
-        with replay.without_hooks(list(self._leaves.values())):
+        with graph.without_hooks(list(self._leaves.values())):
             _, *rest = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [call.scaled, *(x for x in inner if x.requires_grad)],
@@ -156,7 +161,7 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 @contextmanager
 def _undisturbed(trajectory: Trajectory, device: torch.device) -> Iterator[None]:
     """Afterwards the random state and the modules' buffers are as they were."""
-    random = replay.RandomState(device)
+    random = RandomState(device)
     buffers = [(x, x.clone()) for x in trajectory.buffers()]
     try:
         yield

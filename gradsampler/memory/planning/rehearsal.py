@@ -62,11 +62,12 @@ class Rehearsal:
 
     def store(self) -> Cost:
         """Plain autograd: everything that the calls keep."""
-        cost, graphs = self._footprint, list[list[Block]]()
+        cost, graphs, noises = self._footprint, list[list[Block]](), list[Block]()
         learned = self._program.coefficients.requires_grad  # then the stages keep what they read
 
         def evaluate(x: Block) -> Sequence[Block]:
-            outputs, kept = self._called(), [self._heap.new(cost.activations)]
+            outputs, kept = self._called(), [self._heap.new(cost.activations), *noises]
+            noises.clear()
             if cost.keeps_input:
                 kept.append(self._heap.new(cost.model_input) if cost.model_input else shared(x))
             if learned:
@@ -76,7 +77,8 @@ class Rehearsal:
             graphs.append(kept)
             return outputs
 
-        self._execute({}, 0, self._starts[-1], evaluate)
+        self._execute({}, 0, self._starts[-1], evaluate, noises)
+        graphs[-1] += noises
         self._transposed(graphs.pop)
         return self._cost()
 
@@ -114,13 +116,25 @@ class Rehearsal:
         cost = self._footprint
         self._heap.new(2 * width * cost.elements)
         x = self._heap.new(cost.state)
+        injections = max(len(stage.injections) for stage in self._program.stages)
+
+        def leap() -> None:
+            for block in self._drawn(injections):
+                self._heap.drop(block)
+
+        def again() -> list[Block]:
+            call = [self._heap.new(cost.state), *self._again()]
+            leap()
+            return call
+
         for _ in self._evaluations:
             outputs = self._called()
+            leap()
             following = self._heap.new(cost.state)
             for block in (x, *outputs):
                 self._heap.drop(block)
             x = following
-        self._transposed(lambda: [self._heap.new(cost.state), *self._again()])
+        self._transposed(again)
         return self._cost()
 
     def revolve(self, slots: int) -> Cost:
@@ -172,18 +186,39 @@ class Rehearsal:
     def _cost(self, host: int = 0) -> Cost:
         return Cost(self._heap.peak, host, self._calls)
 
-    def _execute(self, slots: Table, start: int, stop: int, evaluate: Evaluate) -> None:
-        """As `Trajectory.execute`; z0 was there before."""
+    def _execute(
+        self,
+        slots: Table,
+        start: int,
+        stop: int,
+        evaluate: Evaluate,
+        noises: list[Block] | None = None,
+    ) -> None:
+        """As `Trajectory.execute`; z0 was there before. ``noises`` takes what autograd keeps."""
         instructions, last_reads = self._program.instructions, self._program.dead
         for instruction, dead in zip(instructions[start:stop], last_reads[start:stop], strict=True):
             if isinstance(instruction, Stage):
+                drawn = self._drawn(len(instruction.injections), kept=noises is not None)
                 slots[instruction.writes] = self._heap.new(self._footprint.state)
                 if len(instruction.injections) > 1:  # a launch more
                     self._heap.touch(self._footprint.state)
+                for block in drawn if noises is None else ():
+                    self._heap.drop(block)
+                if noises is not None:
+                    noises += drawn
             elif isinstance(instruction, Evaluation):
                 outputs = evaluate(slots[instruction.state])
                 slots.update(zip(instruction.writes, outputs, strict=True))
             self._heap.clear(slots, dead)
+
+    def _drawn(self, count: int, *, kept: bool = False) -> list[Block]:
+        """The noises of a stage where no kernel draws them, or with all that autograd keeps."""
+        cost = self._footprint.drawn
+        blocks = []
+        for _ in range(count):
+            self._heap.touch(cost.peak)
+            blocks.append(self._heap.new(cost.kept if kept else cost.noise))
+        return blocks
 
     def _transposed(self, again: Callable[[], list[Block]]) -> None:
         """As `Adjoint._transposed`; ``again`` makes what is alive of the next call to pull back."""
@@ -191,6 +226,9 @@ class Rehearsal:
         cot[self._program.output] = shared(self._heap.new(cost.state))  # its caller keeps it too
         self._heap.new(cost.state)  # dz0
         gathered, transposed = 0, fused(transpose(self._program))
+        # Through how many of a state's noises the kernel pulls back, and what plain torch takes.
+        fused_in = 0 if cost.drawn.pulled else 1
+        pulled = cost.state + (cost.drawn.pulled or _SIGNS * cost.elements)
         for instruction, dead in zip(transposed.instructions, transposed.last_reads(), strict=True):
             if isinstance(instruction, Pullback):
                 call = again()
@@ -203,13 +241,13 @@ class Rehearsal:
                 self._heap.new(cost.gradients - gathered)
                 gathered = cost.gradients
             elif isinstance(instruction, Absorption):
-                self._heap.touch(cost.state + _SIGNS * cost.elements)
+                self._heap.touch(pulled)
             else:
                 for slot in _written(instruction):
                     if slot.kind != "c":
                         cot[slot] = self._heap.new(self._size(slot))
-                if isinstance(instruction, Descent) and len(instruction.absorptions) > 1:
-                    self._heap.touch(cost.state + _SIGNS * cost.elements)
+                if isinstance(instruction, Descent) and len(instruction.absorptions) > fused_in:
+                    self._heap.touch(pulled)
             self._heap.clear(cot, dead)
 
     def _called(self) -> list[Block]:

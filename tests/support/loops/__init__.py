@@ -5,9 +5,15 @@ They know nothing of programs and stages: ``loop(run, x, levels, **options)`` ca
 where the paper does, and takes noises in the order in which it injects them.
 """
 
-from support.loops import correction, exponential, slopes, stochastic
+from support.loops import correction, exponential, guided, slopes, stochastic
 from support.loops.run import Run
 
 __all__ = ["LOOPS", "Run"]
 
-LOOPS = {**slopes.LOOPS, **exponential.LOOPS, **correction.LOOPS, **stochastic.LOOPS}
+LOOPS = {
+    **slopes.LOOPS,
+    **exponential.LOOPS,
+    **correction.LOOPS,
+    **stochastic.LOOPS,
+    **guided.LOOPS,
+}

@@ -15,12 +15,18 @@ class Run:
     denoiser: Callable[[Tensor, float], Tensor]
     noises: Iterator[Tensor]
     flow: bool = False
+    unconditional: Callable[[Tensor, float], Tensor] | None = None  # what guidance started from
     calls: list[tuple[Tensor, float]] = field(default_factory=list)
     drawn: int = 0
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         self.calls.append((x.detach(), sigma))
         return self.denoiser(x, sigma)
+
+    def both(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The prediction and the unconditional one, which is the same without guidance."""
+        clean = self.denoise(x, sigma)
+        return clean, clean if self.unconditional is None else self.unconditional(x, sigma)
 
     def draw(self) -> Tensor:
         self.drawn += 1

@@ -45,6 +45,19 @@ def kutta3(run, x, levels):
     return x
 
 
+def restart(run, x, levels, s_noise=1.0):
+    for s, t in pairwise(levels):
+        if t > s:
+            gain = run.alpha(t) / run.alpha(s)
+            x = gain * x + s_noise * math.sqrt(t**2 - (gain * s) ** 2) * run.draw()
+            continue
+        d = slope(run, x, s)
+        if t > 0:
+            d = (d + slope(run, x + (t - s) * d, t)) / 2
+        x = x + (t - s) * d
+    return x
+
+
 def heunpp2(run, x, levels):
     n, top = len(levels) - 1, levels[0]
     for i in range(n):
@@ -153,4 +166,5 @@ LOOPS = {
     "ipndm_v": ipndm_v,
     "kutta3": kutta3,
     "lms": lms,
+    "restart": restart,
 }

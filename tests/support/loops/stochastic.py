@@ -98,7 +98,7 @@ def seeds_3(run, x, levels, eta=1.0, s_noise=1.0, r_1=1 / 3, r_2=2 / 3):
     return x
 
 
-def dpmpp_sde(run, x, levels, eta=1.0, s_noise=1.0, r=0.5):
+def dpmpp_sde(run, x, levels, eta=1.0, s_noise=1.0, r=0.5, independent=False):
     """With k-diffusion's ancestral levels of sigma / alpha."""
 
     def levels_of(start, end):
@@ -117,12 +117,18 @@ def dpmpp_sde(run, x, levels, eta=1.0, s_noise=1.0, r=0.5):
             continue
         m = run.sigma(run.lam(s) + r * (run.lam(t) - run.lam(s)))
         start = s / run.alpha(s)
-        used = clean
+        used, first = clean, None
         for level in (m, t):
             down, up = levels_of(start, level / run.alpha(level))
             ahead = down / start * x / run.alpha(s) + (1 - down / start) * used
             if up > 0:
-                ahead = ahead + up * s_noise * run.draw()
+                noise = run.draw()
+                if first is not None and not independent:  # increments of a path over sigma
+                    noise = (
+                        math.sqrt((s - m) / (s - t)) * first + math.sqrt((m - t) / (s - t)) * noise
+                    )
+                first = noise
+                ahead = ahead + up * s_noise * noise
             ahead = run.alpha(level) * ahead
             if level == m:
                 used = (1 - 1 / (2 * r)) * clean + 1 / (2 * r) * run.denoise(ahead, m)

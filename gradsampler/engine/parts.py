@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random generators that a denoiser holds.
+"""What a denoiser is made of, as far as it can be seen: its modules and its random generators.
 
-Watching each torch function for a ``generator=`` would find them all, but slows every function
+Watching each torch function for a ``generator=`` would find those all, but slows every function
 down, and a network that was compiled before would be compiled again. So they are looked for in what
 the denoiser is made of, once a run.
 """
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,15 @@ _LONGEST = 1000  # a longer table is data
 _MOST = 100_000  # objects looked at
 
 
-def reachable(*roots: object) -> list[torch.Generator]:
-    """The torch.Generators that can be seen from ``roots``, each once.
+class Parts(NamedTuple):
+    """What can be seen from a denoiser, each once."""
+
+    modules: list[nn.Module]
+    generators: list[torch.Generator]
+
+
+def reachable(*roots: object) -> Parts:
+    """The modules, submodules included, and the torch.Generators that are seen from ``roots``.
 
     Looks into attributes, lists, tuples, sets and dicts, partials, bound methods, the closures,
     defaults and wrapped forms of functions, and what the names in their code and in that of the
@@ -37,20 +45,22 @@ def reachable(*roots: object) -> list[torch.Generator]:
         >>> generator = torch.Generator()
         >>> def denoiser(x, sigma):
         ...     return x + sigma * torch.randn(x.shape, generator=generator)
-        >>> reachable(denoiser) == [generator]
+        >>> reachable(denoiser).generators == [generator]
         True
     """
-    pending, seen, found = deque(roots), dict[int, object](), list[torch.Generator]()
+    pending, seen, parts = deque(roots), dict[int, object](), Parts([], [])
     while pending and len(seen) < _MOST:
         x = pending.popleft()
         if x is None or id(x) in seen or isinstance(x, _NO_PARTS):
             continue
         seen[id(x)] = x
         if isinstance(x, torch.Generator):
-            found.append(x)
-        else:
-            pending.extend(_parts(x))
-    return found
+            parts.generators.append(x)
+            continue
+        if isinstance(x, nn.Module):
+            parts.modules.append(x)
+        pending.extend(_parts(x))
+    return parts
 
 
 def _parts(x: object) -> Iterable[object]:
@@ -70,8 +80,8 @@ def _parts(x: object) -> Iterable[object]:
         members += [m.__func__ for m in members if isinstance(m, (staticmethod, classmethod))]
         return (*x.__bases__, *(m for m in members if isinstance(m, _MEMBERS)))
     if isinstance(x, nn.Module):  # most of its attributes are empty tables of hooks
-        parts = vars(x).values()
-        return (type(x), *(part for part in parts if not isinstance(part, dict) or part))
+        parts = (part for part in vars(x).values() if not isinstance(part, dict) or part)
+        return (type(x), *parts, *x._modules.values())
     if foreign(type(x).__module__) and not isinstance(x, SimpleNamespace):
         return ()
     return (type(x), *getattr(x, "__dict__", {}).values())

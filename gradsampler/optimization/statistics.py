@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The buffers of networks that change in the course of an optimisation: running statistics."""
+"""Running statistics: the buffers of networks that change in the course of an optimisation."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from gradsampler.engine.trajectory import version
 from gradsampler.optimization.identity import Identity
 
 
-class Buffers:
+class RunningStatistics:
     """The buffers of the modules in a dict of arguments, as they are now."""
 
     def __init__(self, arguments: Identity) -> None:
