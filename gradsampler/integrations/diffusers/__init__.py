@@ -16,6 +16,7 @@ if importlib.util.find_spec("diffusers") is None:
     )
 
 from gradsampler.integrations.diffusers.decoding import decode
+from gradsampler.integrations.diffusers.search import optimize, start
 from gradsampler.integrations.diffusers.ways import Explanation, Pipeline, explain, pipeline
 
-__all__ = ["Explanation", "Pipeline", "decode", "explain", "pipeline"]
+__all__ = ["Explanation", "Pipeline", "decode", "explain", "optimize", "pipeline", "start"]

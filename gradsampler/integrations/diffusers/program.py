@@ -136,8 +136,8 @@ def run(
     """
     strategy = resolve(memory)
     model = Denoiser(session, loop, rehearsal, table)
-    z0 = session.z0(rehearsal.start)
-    program = recorded(table, model, session.scale)
+    z0, scale = session.z0(rehearsal.start), session.scale(rehearsal.start)
+    program = recorded(table, model, scale)
     if noise is None:
         noise = Drawn(table.draws, z0.device) if program.injections else Off()
     trajectory = arguments.trajectory(

@@ -96,6 +96,7 @@ class Session:
         self.pipe.__dict__["progress_bar"] = self._progress_bar
         self.pipe.__dict__["maybe_free_model_hooks"] = lambda: None
         self.bars: list[Bar] = []
+        self.drawn: list[Tensor] = []  # before the loop
 
     def _adapted(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The arguments for the pipeline, and latents that it has no argument for."""
@@ -185,13 +186,14 @@ class Session:
         self.bars.append(Bar(bar, self))
         return self.bars[-1]
 
-    def started(self, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The caller's latents in the place of a pipeline's own first draw.
+    def started(self, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A draw before the loop: the caller's latents where the pipeline has no argument for them.
 
         With a list of generators a pipeline draws its samples one by one.
         """
         if self._start is None:
-            return None
+            self.drawn.append(torch.randn(shape, **kwargs))
+            return self.drawn[-1]
         start = _checks.floating("latents", self._start)
         one = (1, *start.shape[1:])
         if shape == one and len(start) > 1:
@@ -201,24 +203,44 @@ class Session:
         _checks.shape("latents", start, shape)
         return start.to(kwargs.get("device"), kwargs.get("dtype") or start.dtype)
 
+    def noise(self, elements: int) -> Tensor | None:
+        """The standard normal noise of that many elements that the run begins with, if it is seen.
+
+        It is what the caller gave for latents, or what was drawn before the loop.
+        """
+        given = self._given.get("latents")
+        if isinstance(given, Tensor):
+            return given if given.numel() == elements else None
+        for count in range(1, len(self.drawn) + 1):
+            if sum(x.numel() for x in self.drawn[:count]) == elements:
+                first = self.drawn[0]
+                whole = all(x.shape == first.shape for x in self.drawn[:count])
+                return torch.cat(self.drawn[:count]) if whole else None
+        return None
+
     @property
     def starts_from_noise(self) -> bool:
         """Whether the first state is noise alone, which it is not in image-to-image pipelines."""
         return "strength" not in inspect.signature(self.call).parameters
 
-    @property
-    def scale(self) -> float:
+    def scale(self, start: Tensor) -> float:
         """What standard normal noise was multiplied by to give the first state.
 
         1 where the run does not start from noise.
         """
         if not self.starts_from_noise:
             return 1.0
-        return float(torch.as_tensor(getattr(self.scheduler, "init_noise_sigma", 1.0)).detach())
+        noise = self.noise(start.numel())
+        if noise is None:
+            own = getattr(self.scheduler, "init_noise_sigma", 1.0)
+            return float(torch.as_tensor(own).detach())
+        sizes = [float(x.detach().double().norm()) for x in (start, noise)]
+        return sizes[0] / sizes[1] if sizes[0] and sizes[1] else 1.0
 
     def z0(self, start: Tensor) -> Tensor:
-        """The standard normal noise that the run starts from."""
-        return start if self.scale == 1.0 else start / self.scale
+        """The standard normal noise that a run from the state ``start`` begins with."""
+        scale = self.scale(start)
+        return start if scale == 1.0 else start / scale
 
     def carrying(self, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The local variables and the pipeline's attributes through which a gradient passes."""
