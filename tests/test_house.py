@@ -55,7 +55,7 @@ GUESTS = {
     "kernels.*": "ops.backends",
     "ops.library": "ops.*",
     "ops.native": "ops.backends app.cli",
-    "models.*": "app.*",
+    "models.*": "app.* integrations.diffusers.digits_pipeline",
     "_version": "app.*",
 }
 ALONE = {"kernels.*": {"contract"}, "models.*": set()}

@@ -16,7 +16,17 @@ if importlib.util.find_spec("diffusers") is None:
     )
 
 from gradsampler.integrations.diffusers.decoding import decode
+from gradsampler.integrations.diffusers.digits_pipeline import digits
 from gradsampler.integrations.diffusers.search import optimize, start
 from gradsampler.integrations.diffusers.ways import Explanation, Pipeline, explain, pipeline
 
-__all__ = ["Explanation", "Pipeline", "decode", "explain", "optimize", "pipeline", "start"]
+__all__ = [
+    "Explanation",
+    "Pipeline",
+    "decode",
+    "digits",
+    "explain",
+    "optimize",
+    "pipeline",
+    "start",
+]

@@ -37,6 +37,8 @@ class Pictures:
         if images.ndim == 5:
             images = images[:, images.shape[1] // 2]
         row = torch.cat(list(images.detach().float().cpu().clamp(0, 1)), dim=-1)
-        pixels = (255 * row).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        pixels = (
+            (255 * row).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).contiguous().numpy()
+        )
         image: Any = importlib.import_module("PIL.Image")
         image.fromarray(pixels).save(self._folder / f"step-{step:04d}.png")
