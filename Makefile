@@ -28,8 +28,9 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(VENV)/.installed
+tables: $(VENV)/.tested
 	$(BIN)/python -m gradsampler.app.tables docs/solvers.md
+	PYTHONPATH=tests $(BIN)/python -m support.tables docs/diffusers.md
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import memory, noise, ops, schedules, solvers
+from gradsampler import memory, noise, ops, rewards, schedules, solvers
 from gradsampler._version import __version__
+from gradsampler.decoding.decode import decode
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "backends",
     "check",
+    "decode",
     "integrate",
     "iterate",
     "memory",
@@ -40,6 +42,7 @@ __all__ = [
     "ops",
     "optimize",
     "regularizers",
+    "rewards",
     "sample",
     "schedules",
     "solvers",
