@@ -46,7 +46,7 @@ FLOORS = [
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
-    "contract _checks _uncompiled _version",
+    "contract _checks _uncompiled _version repetition",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
