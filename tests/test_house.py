@@ -48,7 +48,7 @@ FLOORS = [
     "timesteps",
     "coordinates elementary",
     "transforms",
-    "contract _checks _uncompiled _version",
+    "contract _checks _uncompiled _version repetition",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -24,8 +24,9 @@ from gradsampler.engine.program import (
     Terms,
     column,
 )
-from gradsampler.engine.replay import ReplayError, Sketch, changed
+from gradsampler.engine.replay import Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
+from gradsampler.repetition import ReplayError
 
 
 class States(Protocol):

@@ -17,7 +17,8 @@ from gradsampler import _checks, transforms
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import Evaluation, Slot
-from gradsampler.engine.replay import ReplayError, Sketch, changed
+from gradsampler.engine.replay import Sketch, changed
+from gradsampler.repetition import ReplayError
 
 __all__ = ["recomputed"]
 
