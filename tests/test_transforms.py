@@ -152,6 +152,21 @@ def given(tensor, **options):
     return gs.sample(denoise, Z0, SIGMAS, **options | {"noise": noise})
 
 
+def guided(scale, **options):
+    model = gs.Guided(denoise, scale, {"gain": 0.5 * GAIN})
+    return gs.sample(model, Z0, SIGMAS, cond={"gain": GAIN}, **options)
+
+
+def churned(amount, **options):
+    options |= {"solver": "heun", "churn": gs.Churn(amount, s_noise=1.1)}
+    return gs.sample(denoise, Z0, SIGMAS, **options)
+
+
+def waved(numbers, **options):
+    options |= {"noise": noises.SinCos(*numbers)}
+    return gs.sample(denoise, Z0, SIGMAS, **options)
+
+
 TARGETS = {
     "z0": (lambda z0, **options: gs.sample(denoise, z0, SIGMAS, **options), Z0),
     "start": (lambda x, **options: gs.sample(denoise, Z0, SIGMAS, start=x, **options), 3 * Z0),
@@ -165,6 +180,10 @@ TARGETS = {
         SIGMAS[:-1],
     ),
     "eta": (lambda eta, **options: gs.sample(denoise, Z0, SIGMAS, eta=eta, **options), GAIN),
+    "guidance": (guided, 2 * GAIN),
+    "guidance by step": (guided, 1 + normal(4)),
+    "churn": (churned, GAIN),
+    "sincos": (waved, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)),
     "given": (given, normal(*SHAPE, seed=8)),
 }
 STOCHASTIC = {"solver": "euler_ancestral", "noise": noises.SignedRoll()}
@@ -195,8 +214,8 @@ def test_a_run_under_grad_and_vmap(target):
     (tangent,) = directions([x])
     gradient = torch.func.grad(lambda x: run(x).sum())(x)
     close((gradient * tangent).sum(), difference(run, [x], [tangent], h=1e-4).sum(), 1e-7)
-    if target in ("levels", "eta"):
-        return  # each number of a schedule is one for the whole run
+    if target not in ("z0", "start", "cond", "parameters", "given"):
+        return  # a number is one for the whole run
     batch = torch.stack([x, 0.5 * x])
     close(torch.func.vmap(run)(batch), torch.stack([run(x) for x in batch]), 1e-13)
 

@@ -171,7 +171,7 @@ def check_amounts(method: Solver | Churn, owner: str, *names: str) -> None:
     """
     for name in names:
         amount = _checks.coefficient(f"{owner}: {name}", getattr(method, name), 0.0)
-        learned = isinstance(amount, Tensor) and amount.requires_grad
+        learned = isinstance(amount, Tensor) and transforms.followed(amount)
         if learned and amount == 0 and name != "s_noise":
             hint = "start with a little noise"
             _checks.fail(f"{owner}: {name}", "be above 0 where it is learned", 0.0, hint)
