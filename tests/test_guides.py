@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code of every page in docs/ runs, from top to bottom, and says nothing that the page does not."""
+"""The code of every page in docs/ runs, from top to bottom, and says no more than the page does."""
 
 import re
 from pathlib import Path
