@@ -138,6 +138,7 @@ def test_kernels_are_bound_by_memory(hopper):
         assert row["issue_share"] <= row["busiest_share"] < 1, row
 
 
+@pytest.mark.thorough
 def test_normals_of_16_bits_leave_slots_to_spare_and_share_no_memory(hopper):
     drawn = [r for r in hopper if r["noise"] in ISSUE and r["dtype"] == "bfloat16"]
     drawn = [r for r in drawn if "leap" not in r["kernel"]]
