@@ -20,7 +20,6 @@ from gradsampler.engine.program import (
     Pullback,
     Slot,
     Stage,
-    Terms,
 )
 from gradsampler.engine.replay import ReplayError, Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
@@ -59,6 +58,7 @@ class Gradients:
         self._count = None if numbers is None else len(numbers)
         self._numbers: dict[int, Tensor] = {}  # by position; 0-d on the device of the run
         self.tensors: dict[int, Tensor] = {}  # by position in `Adjoint.inputs`
+        self._own: set[int] = set()  # those that are sums made here, and in nobody else's hands
 
     def add_z0(self, gradient: Tensor | None) -> None:
         """Adds to the gradient of z0."""
@@ -81,13 +81,25 @@ class Gradients:
             gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
         return gradient
 
-    def tensor(self, position: int, gradient: Tensor | None) -> None:
-        """Adds to the gradient of the input at ``position``; sums are in float32 at least."""
-        if gradient is not None:
-            known = self.tensors.get(position)
-            if known is not None:
-                gradient = known.to(torch.promote_types(known.dtype, torch.float32)) + gradient
-            self.tensors[position] = gradient
+    def add(self, positions: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        """Adds to the gradients of the inputs at ``positions``; sums are in float32 at least."""
+        sums: list[Tensor] = []
+        fresh: list[Tensor] = []
+        for k, gradient in zip(positions, gradients, strict=True):
+            if gradient is None:
+                continue
+            known = self.tensors.get(k)
+            if known is None:
+                self.tensors[k] = gradient
+            elif k in self._own:
+                sums.append(known)
+                fresh.append(gradient)
+            else:
+                wide = torch.promote_types(known.dtype, torch.float32)
+                self.tensors[k] = known.to(wide) + gradient
+                self._own.add(k)
+        if sums:
+            torch._foreach_add_(sums, fresh)
 
 
 class Adjoint:
@@ -99,7 +111,7 @@ class Adjoint:
         self._z0 = z0.detach()
         self._wanted = z0.requires_grad
         self._start = [] if trajectory.start is None else [trajectory.start]
-        self._numbers: list[float] = trajectory.program.coefficients.tolist()
+        self._numbers = trajectory.program.numbers
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
         self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
@@ -122,7 +134,7 @@ class Adjoint:
             self._states.save(self._index[evaluation], x)
             return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
 
-        return self._trajectory.forward(self._z0, self._numbers, evaluate)
+        return self._trajectory.forward(self._z0, evaluate)
 
     def inputs(self) -> list[Tensor]:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
@@ -138,9 +150,11 @@ class Adjoint:
 
     def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
         """Calls the model; its input and its level are fresh leaves."""
-        scaled, level = self._trajectory.model_input(evaluation, x, scaled, self._numbers)
+        scaled, level = self._trajectory.model_input(evaluation, x, scaled)
         scaled = scaled.detach().requires_grad_()
-        level = level.clone().requires_grad_(self._levels)
+        level = level.clone()  # a denoiser may change it
+        if self._levels:
+            level.requires_grad_()
         cond = self._trajectory.cond.filled(self._cond)
         with torch.enable_grad():
             outputs = self._trajectory.call(evaluation, scaled, level, cond)
@@ -152,15 +166,18 @@ class Adjoint:
         with self._circumstances.captured(evaluation):
             call = self._call(evaluation, x, scaled)
         outputs = call.outputs
-        self._dtypes.update(zip(evaluation.writes, (d.dtype for d in outputs), strict=True))
+        for slot, output in zip(evaluation.writes, outputs, strict=True):
+            self._dtypes[slot] = output.dtype
         found = graph.reached(outputs, since)
         self._outer |= found.outer
         self._sketches[evaluation.state.call] = self._sketched(outputs)
-        if self._asked() and id(call.scaled) not in found.leaves and not self._detached:
+        if id(call.scaled) not in found.leaves and not self._detached and self._asked():
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
-        own = {id(call.scaled), id(call.level), *map(id, self._cond)}
-        self._leaves.update((key, leaf) for key, leaf in found.leaves.items() if key not in own)
+        own = (id(call.scaled), id(call.level), *map(id, self._cond))
+        for key, leaf in found.leaves.items():
+            if key not in self._leaves and key not in own:
+                self._leaves[key] = leaf
         return call
 
     def _again(self, evaluation: Evaluation) -> Call:
@@ -220,11 +237,11 @@ class Adjoint:
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
         program = self._trajectory.program
         transposed = program.transposed
-        readers = program.readers()
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
         )
         given = self._trajectory.given(self._z0)
+        inner = self._inner()
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
         for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
             if isinstance(instruction, Stage):
@@ -233,51 +250,58 @@ class Adjoint:
                     for reader, c in terms:
                         gradients.number(c, given[instruction.writes], cot[reader])
                 if terms and instruction.writes.kind != "c":
-                    cot[instruction.writes] = self._trajectory.combine(terms, cot, self._numbers)
+                    cot[instruction.writes] = self._trajectory.combine(terms, cot)
             elif isinstance(instruction, Descent):
                 self._descend(instruction, cot, gradients)
             elif isinstance(instruction, Pullback):
-                self._pull(instruction, cot, readers, gradients)
+                self._pull(instruction, cot, inner, gradients)
             elif isinstance(instruction, Absorption) and instruction.state in cot:
                 self._absorb(instruction, cot[instruction.state], gradients)
             for slot in dead:
                 cot.pop(slot, None)
         gradients.add_z0(cot.get(Z0))
-        gradients.tensor(len(self._cond) + len(self._trajectory.noise.tensors), cot.get(START))
+        at_start = len(self._cond) + len(self._trajectory.noise.tensors)
+        gradients.add([at_start], [cot.get(START)])
         return gradients
+
+    def _inner(self) -> dict[int, Tensor]:
+        """What model calls are differentiated by beside their input, by position in `inputs`."""
+        first = len(self._cond) + len(self._trajectory.noise.tensors) + len(self._start)
+        found = {**dict(enumerate(self._cond)), **dict(enumerate(self._leaves.values(), first))}
+        return {k: x for k, x in found.items() if x.requires_grad}
 
     def _pull(
         self,
         pullback: Pullback,
         cot: dict[Slot, Tensor],
-        readers: dict[Slot, Terms],
+        inner: dict[int, Tensor],
         gradients: Gradients,
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
         evaluation = pullback.evaluation
         x, scaled, level, outputs = self._again(evaluation)
-        for slot, value in zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True):
-            for reader, c in readers.get(slot, ()):
-                if reader in cot:
-                    gradients.number(c, value.detach(), cot[reader])
-        pairs = [
-            (output, cot[slot].to(output.dtype))
-            for slot, output in zip(evaluation.writes, outputs, strict=True)
-            if slot in cot and output.requires_grad
-        ]
-        if not pairs:
+        if self._levels:
+            values = zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True)
+            for slot, value in values:
+                for reader, c in self._trajectory.program.readers.get(slot, ()):
+                    if reader in cot:
+                        gradients.number(c, value.detach(), cot[reader])
+        pulled: list[Tensor] = []
+        cotangents: list[Tensor] = []
+        for slot, output in zip(evaluation.writes, outputs, strict=True):
+            mu = cot.get(slot)
+            if mu is not None and output.requires_grad:
+                pulled.append(output)
+                cotangents.append(mu if mu.dtype == output.dtype else mu.to(output.dtype))
+        if not pulled:
             return
-        given = [*self._trajectory.noise.tensors, *self._start]
-        inner = [*self._cond, *given, *self._leaves.values()]
-        skipped = range(len(self._cond), len(inner) - len(self._leaves))
-        wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
-        leaves = list(self._leaves.values())
-        with graph.without_hooks(leaves), self._circumstances.drawing_nothing(evaluation):
+        silent = graph.without_hooks(list(self._leaves.values()))
+        with silent, self._circumstances.drawing_nothing(evaluation):
             g, *rest = torch.autograd.grad(
-                [output for output, _ in pairs],
-                [scaled, *levels, *(inner[k] for k in wanted)],
-                [mu for _, mu in pairs],
+                pulled,
+                [scaled, *levels, *inner.values()],
+                cotangents,
                 allow_unused=True,
                 retain_graph=self._outer,
             )
@@ -285,8 +309,7 @@ class Adjoint:
             dlevel = rest.pop(0)
             if dlevel is not None:
                 gradients.number(evaluation.c_noise, torch.ones_like(level), dlevel)
-        for k, gradient in zip(wanted, rest, strict=True):
-            gradients.tensor(k, gradient)
+        gradients.add(list(inner), rest)
         if g is not None:
             self._trajectory.observer.finite(evaluation, g, "the gradient")
             gradients.number(evaluation.c_in, x, g)
@@ -327,8 +350,7 @@ class Adjoint:
         """The injection as numbers, if a kernel can pull a cotangent back through it."""
         if absorption is None:
             return None
-        name = self._trajectory.name(absorption.injection)
-        draw = self._trajectory.noise.draw(self._z0, *name)
+        draw = self._trajectory.draw(absorption.injection, self._z0)
         return None if draw is None or draw.kind == GIVEN else draw
 
     def _absorb(
@@ -346,8 +368,8 @@ class Adjoint:
             return
         cotangent = noise.transpose(lam * self._numbers[position], self._z0, *name)
         gradients.add_z0(cotangent.z0)
-        for k, gradient in cotangent.tensors.items():
-            gradients.tensor(len(self._cond) + k, gradient)
+        positions = [len(self._cond) + k for k in cotangent.tensors]
+        gradients.add(positions, list(cotangent.tensors.values()))
 
 
 class Connection(torch.autograd.Function):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ __all__ = [
     "Descent",
     "Evaluation",
     "Injection",
+    "Launch",
+    "Numbers",
     "Program",
     "Pullback",
     "Recorder",
@@ -149,6 +151,18 @@ class Descent:
 
 
 Instruction = Stage | Evaluation | Pullback | Absorption | Descent
+Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
+
+
+class Launch(NamedTuple):
+    """A stage with its numbers in the place of their positions."""
+
+    writes: Slot
+    reads: tuple[Slot, ...]
+    factors: list[Any]
+    injections: tuple[Injection, ...]
+    amounts: list[Any]
+    c_in: Any  # of the evaluation that follows; None where none does
 
 
 @dataclass(frozen=True)
@@ -160,26 +174,55 @@ class Program:
     num_steps: int
     output: Slot
 
-    @property
+    @cached_property
+    def numbers(self) -> list[float]:
+        """The coefficients as floats."""
+        found: list[float] = self.coefficients.tolist()
+        return found
+
+    @cached_property
+    def launches(self) -> list[Launch | None]:
+        """`prepared` with `numbers`, once for all runs of the program."""
+        return self.prepared(self.numbers)
+
+    def prepared(self, numbers: Numbers) -> list[Launch | None]:
+        """For each instruction that is a stage, what it computes."""
+        following = (*self.instructions[1:], None)
+        return [
+            Launch(
+                stage.writes,
+                tuple(stage.reads()),
+                [numbers[c] for _, c in stage.terms],
+                stage.injections,
+                [numbers[injection.coefficient] for injection in stage.injections],
+                numbers[after.c_in] if isinstance(after, Evaluation) else None,
+            )
+            if isinstance(stage, Stage)
+            else None
+            for stage, after in zip(self.instructions, following, strict=True)
+        ]
+
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The affine stages in order."""
         return tuple(i for i in self.instructions if isinstance(i, Stage))
 
-    @property
+    @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The model evaluations in order."""
         return tuple(i for i in self.instructions if isinstance(i, Evaluation))
 
-    @property
+    @cached_property
     def injections(self) -> tuple[Injection, ...]:
         """The injections in order; a noise may be injected by more than one stage."""
         return tuple(injection for stage in self.stages for injection in stage.injections)
 
-    @property
+    @cached_property
     def noises(self) -> tuple[Injected, ...]:
         """The noises of the run, each once, in the order in which they are first injected."""
         return tuple(dict.fromkeys(injection.noise for injection in self.injections))
 
+    @cached_property
     def readers(self) -> dict[Slot, Terms]:
         """For each slot the states computed from it, with the positions of the coefficients."""
         readers: dict[Slot, Terms] = {}
@@ -216,7 +259,7 @@ def transpose(program: Program) -> Program:
     stage over the cotangents of the states computed from it. So backward needs as many kernels a
     model evaluation as forward does, and keeps as few tensors alive.
     """
-    readers = program.readers()
+    readers = program.readers
     returned: dict[Slot, Terms] = {}
     backward: list[Instruction] = []
     for instruction in reversed(program.instructions):

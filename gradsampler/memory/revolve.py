@@ -130,16 +130,14 @@ class _Revolving(Adjoint):
         if self._place is not None:
             self._place.settle()
         work, self._work = self._work, {}
-        self._trajectory.execute(
-            work, self._starts[-2], self._starts[-1], self._z0, self._numbers, evaluate
-        )
+        self._trajectory.execute(work, self._starts[-2], self._starts[-1], self._z0, evaluate)
         self._trajectory.observer.finished()
         return work[self._trajectory.program.output]
 
     def _sweep(self, trajectory: Trajectory, evaluate: Evaluate) -> None:
         """Starts a schedule and follows it to the last evaluation."""
         self._work = trajectory.given(self._z0)
-        trajectory.execute(self._work, 0, self._starts[0], self._z0, self._numbers, evaluate)
+        trajectory.execute(self._work, 0, self._starts[0], self._z0, evaluate)
         memory, count = self._memory, len(self._evaluations)
         self._place = memory.place(self._trajectory.program, self._z0.device)
         self._schedule = multistage.schedule(count, memory.slots, memory.further)
@@ -155,7 +153,7 @@ class _Revolving(Adjoint):
             given = trajectory.given(self._z0).keys()
             self._snapshots[action.start] = Snapshot(self._work, given, place)
         start, stop = self._starts[action.start], self._starts[action.stop]
-        trajectory.execute(self._work, start, stop, self._z0, self._numbers, evaluate)
+        trajectory.execute(self._work, start, stop, self._z0, evaluate)
 
     def _tape(self, evaluation: Evaluation) -> None:
         """The call of the evaluation that has been reached, with its graph."""

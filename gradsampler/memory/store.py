@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation
-from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
+from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.ops.recorded import differentiable
 
@@ -25,9 +25,9 @@ class Store(Memory):
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         coefficients = trajectory.program.coefficients
-        learned = coefficients.requires_grad and torch.is_grad_enabled()
-        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
-        warned = False
+        if coefficients.requires_grad and torch.is_grad_enabled():
+            trajectory = replace(trajectory, learned=coefficients.to(z0.device).unbind())
+        warned, state = False, trajectory.state_dtype
         cond = [_summed_wide(x) for x in trajectory.cond.tensors]
 
         def arrived(evaluation: Evaluation, g: Tensor) -> None:
@@ -37,9 +37,9 @@ class Store(Memory):
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             nonlocal warned
-            if x.requires_grad:
+            if trajectory.observer.checks and x.requires_grad:
                 x.register_hook(lambda g: arrived(evaluation, g))
-            model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
+            model_input, level = trajectory.model_input(evaluation, x, scaled)
             asked = model_input.requires_grad and not warned
             since = graph.mark() if asked else 0
             filled = trajectory.cond.filled([use() for use in cond])
@@ -49,11 +49,14 @@ class Store(Memory):
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             # A later step may look back at an output: the cotangents are added up before they are
             # rounded to its dtype.
-            return [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
+            return [
+                d if d.dtype == state else d.to(torch.promote_types(d.dtype, state))
+                for d in outputs
+            ]
 
         if torch.is_grad_enabled():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
-        return trajectory.forward(z0, numbers, evaluate)
+        return trajectory.forward(z0, evaluate)
 
 
 class _Use(torch.autograd.Function):

@@ -77,7 +77,7 @@ class _Probe(Adjoint):
         trajectory, evaluation = self._trajectory, self._trajectory.program.evaluations[0]
         start = trajectory.program.instructions.index(evaluation)
         slots = trajectory.given(self._z0)
-        trajectory.execute(slots, 0, start, self._z0, self._numbers, _never)
+        trajectory.execute(slots, 0, start, self._z0, _never)
         x = slots[evaluation.state]
         given = trajectory.given(self._z0).values()
         known = [*given, *self._cond, *trajectory.buffers()]
