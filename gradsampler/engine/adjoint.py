@@ -50,6 +50,16 @@ class Call(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
+class Opening(NamedTuple):
+    """The first model call of a run, where it is made before it is known how to go on."""
+
+    outputs: tuple[Tensor, ...]  # without their graph
+    found: graph.Reached
+    detached: bool  # whether the run has been warned that no gradient passes
+    circumstances: Circumstances  # that have captured it
+    graph: int  # bytes of its graph
+
+
 class Gradients:
     """Sums of cotangents of what a run is differentiated by; None where it is not."""
 
@@ -105,8 +115,15 @@ class Gradients:
 class Adjoint:
     """A run that kept only the states its model calls saw, and the gradient of that run."""
 
-    def __init__(self, trajectory: Trajectory, states: States, z0: Tensor) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        states: States,
+        z0: Tensor,
+        opening: Opening | None = None,
+    ) -> None:
         self._trajectory = trajectory
+        self._opening = opening
         self._states = states
         self._z0 = z0.detach()
         self._wanted = z0.requires_grad
@@ -114,7 +131,12 @@ class Adjoint:
         self._numbers = trajectory.program.numbers
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
-        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._circumstances = (
+            Circumstances(z0.device, trajectory.model, trajectory.cond)
+            if opening is None
+            else opening.circumstances
+        )
+        self._known = {*map(id, self._cond)}
         self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
@@ -122,7 +144,8 @@ class Adjoint:
         self._index = {e: k for k, e in enumerate(trajectory.program.evaluations)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
-        self._detached = False
+        self._retains = False  # whether what is pulled back may be pulled back once more
+        self._detached = opening is not None and opening.detached
         with torch.no_grad():
             self._output: Tensor | None = self._run()
         self._circumstances.finish()
@@ -162,23 +185,33 @@ class Adjoint:
 
     def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
         """Calls the model for the first time, and finds what else the call depends on."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            self._take(evaluation, opening.outputs, opening.found)
+            return Call(x, x, x, opening.outputs)
         since = graph.mark()
         with self._circumstances.captured(evaluation):
             call = self._call(evaluation, x, scaled)
-        outputs = call.outputs
-        for slot, output in zip(evaluation.writes, outputs, strict=True):
-            self._dtypes[slot] = output.dtype
-        found = graph.reached(outputs, since)
-        self._outer |= found.outer
-        self._sketches[evaluation.state.call] = self._sketched(outputs)
-        if id(call.scaled) not in found.leaves and not self._detached and self._asked():
+        found = graph.reached(call.outputs, since)
+        passes = found.leaves.pop(id(call.scaled), None) is not None
+        found.leaves.pop(id(call.level), None)
+        self._take(evaluation, call.outputs, found)
+        if not passes and not self._detached and self._asked():
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
-        own = (id(call.scaled), id(call.level), *map(id, self._cond))
-        for key, leaf in found.leaves.items():
-            if key not in self._leaves and key not in own:
-                self._leaves[key] = leaf
         return call
+
+    def _take(
+        self, evaluation: Evaluation, outputs: Sequence[Tensor], found: graph.Reached
+    ) -> None:
+        """Takes note of what a first call returned and depends on."""
+        for slot, output in zip(evaluation.writes, outputs, strict=True):
+            self._dtypes[slot] = output.dtype
+        self._outer |= found.outer
+        self._sketches[evaluation.state.call] = self._sketched(outputs)
+        for key, leaf in found.leaves.items():
+            if key not in self._leaves and key not in self._known:
+                self._leaves[key] = leaf
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more on the state that it saw."""
@@ -303,7 +336,7 @@ class Adjoint:
                 [scaled, *levels, *inner.values()],
                 cotangents,
                 allow_unused=True,
-                retain_graph=self._outer,
+                retain_graph=self._outer or self._retains,
             )
         if levels:
             dlevel = rest.pop(0)

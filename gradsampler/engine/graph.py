@@ -60,11 +60,11 @@ def reaches(outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
     return any(output is x for output in outputs)
 
 
-def reached(outputs: Sequence[Tensor], since: int) -> Reached:
-    """Walks the graph of ``outputs``, built since the number ``since`` of `mark`."""
+def reached(outputs: Sequence[Tensor], since: int, until: Sequence[Tensor] = ()) -> Reached:
+    """Walks the graph of ``outputs``, built since the number ``since`` of `mark`, to ``until``."""
     pending = [x.grad_fn for x in outputs if x.grad_fn is not None]
     leaves = {id(x): x for x in outputs if x.requires_grad and x.grad_fn is None}
-    seen, outer = set(pending), False
+    seen, outer = {*pending, *(x.grad_fn for x in until if x.grad_fn is not None)}, False
     while pending:
         node = pending.pop()
         if type(node).__name__ == "AccumulateGrad":
