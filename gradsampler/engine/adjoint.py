@@ -17,6 +17,7 @@ from gradsampler.engine.program import (
     Absorption,
     Descent,
     Evaluation,
+    Gathering,
     Pullback,
     Slot,
     Stage,
@@ -141,7 +142,7 @@ class Adjoint:
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
-        self._index = {e: k for k, e in enumerate(trajectory.program.evaluations)}
+        self._index = {e.state: k for k, e in enumerate(trajectory.program.evaluations)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._retains = False  # whether what is pulled back may be pulled back once more
@@ -154,7 +155,7 @@ class Adjoint:
         """Runs forward; what backward needs is kept."""
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-            self._states.save(self._index[evaluation], x)
+            self._states.save(self._index[evaluation.state], x)
             return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
 
         return self._trajectory.forward(self._z0, evaluate)
@@ -215,7 +216,7 @@ class Adjoint:
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more on the state that it saw."""
-        return self._repeated(evaluation, self._states.load(self._index[evaluation]))
+        return self._repeated(evaluation, self._states.load(self._index[evaluation.state]))
 
     def _repeated(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
         """Calls the model as the first time; what it returns is compared in the end."""
@@ -276,7 +277,9 @@ class Adjoint:
         given = self._trajectory.given(self._z0)
         inner = self._inner()
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
-        for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
+        for instruction, gathering, dead in zip(
+            transposed.instructions, transposed.gathered, transposed.dead, strict=True
+        ):
             if isinstance(instruction, Stage):
                 terms = tuple(term for term in instruction.terms if term[0] in cot)
                 if instruction.writes in given:
@@ -285,7 +288,8 @@ class Adjoint:
                 if terms and instruction.writes.kind != "c":
                     cot[instruction.writes] = self._trajectory.combine(terms, cot)
             elif isinstance(instruction, Descent):
-                self._descend(instruction, cot, gradients)
+                assert gathering is not None
+                self._descend(instruction, gathering, cot, gradients)
             elif isinstance(instruction, Pullback):
                 self._pull(instruction, cot, inner, gradients)
             elif isinstance(instruction, Absorption) and instruction.state in cot:
@@ -331,12 +335,11 @@ class Adjoint:
         levels = [level] if self._levels else []
         silent = graph.without_hooks(list(self._leaves.values()))
         with silent, self._circumstances.drawing_nothing(evaluation):
-            g, *rest = torch.autograd.grad(
+            g, *rest = graph.pulled(
                 pulled,
                 [scaled, *levels, *inner.values()],
                 cotangents,
-                allow_unused=True,
-                retain_graph=self._outer or self._retains,
+                retain=self._outer or self._retains,
             )
         if levels:
             dlevel = rest.pop(0)
@@ -348,23 +351,33 @@ class Adjoint:
             gradients.number(evaluation.c_in, x, g)
             cot[pullback.writes] = g
 
-    def _descend(self, descent: Descent, cot: dict[Slot, Tensor], gradients: Gradients) -> None:
+    def _descend(
+        self,
+        descent: Descent,
+        gathering: Gathering,
+        cot: dict[Slot, Tensor],
+        gradients: Gradients,
+    ) -> None:
         """The cotangents of a state and of an output of the evaluation before, in one launch."""
         slot, output = descent.state.writes, descent.output
-        absorption = next(iter(descent.absorptions), None)
-        a = {s: self._numbers[c] for s, c in descent.state.terms if s in cot}
-        b = {s: self._numbers[c] for s, c in output.terms} if output is not None else {}
-        g = next((s for s in a if s.kind == "g"), None)
-        lams = [s for s in dict.fromkeys((*a, *b)) if s in cot and s.kind == "x"]
+        absorption = descent.absorptions[0] if descent.absorptions else None
+        lams, a, g, g_scale, b = gathering
+        if g not in cot:
+            g, g_scale = None, 0.0
+        missing = [s for s in lams if s not in cot]
+        if missing:
+            there = [k for k, s in enumerate(lams) if s in cot]
+            lams, a = tuple(lams[k] for k in there), [a[k] for k in there]
+            b = None if b is None else [*(b[k] for k in there), b[-1]]
         if not lams and g is None:
             return
-        draw = self._draw(absorption) if gradients.z0 is not None else None
+        draw = self._draw(absorption) if absorption and gradients.z0 is not None else None
         cot[slot], mu = self._trajectory.backend.adjoint_step(
             [cot[s] for s in lams],
-            [a.get(s, 0.0) for s in lams],
+            a,
             None if g is None else cot[g],
-            0.0 if g is None else a[g],
-            None if output is None else [b.get(s, 0.0) for s in (*lams, slot)],
+            g_scale,
+            b,
             self._z0,
             draw,
             self._numbers[absorption.injection.coefficient] if absorption else 0.0,
@@ -372,17 +385,15 @@ class Adjoint:
             mu_dtype=None if output is None else self._dtypes[output.writes],
             lam_dtype=self._trajectory.state_dtype,
         )
-        if output is not None and any(s in cot for s in b):
+        if output is not None and any(s in cot for s, _ in output.terms):
             cot[output.writes] = mu
         if absorption is not None and (draw is None or self._levels):
             self._absorb(absorption, cot[slot], gradients, done=draw is not None)
         for further in descent.absorptions[1:]:
             self._absorb(further, cot[slot], gradients)
 
-    def _draw(self, absorption: Absorption | None) -> Draw | None:
+    def _draw(self, absorption: Absorption) -> Draw | None:
         """The injection as numbers, if a kernel can pull a cotangent back through it."""
-        if absorption is None:
-            return None
         draw = self._trajectory.draw(absorption.injection, self._z0)
         return None if draw is None or draw.kind == GIVEN else draw
 

@@ -27,6 +27,26 @@ def _silenced(hooked: Sequence[dict[int, Any]]) -> Iterator[None]:
             hooks.update(was)
 
 
+def pulled(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    retain: bool,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of outputs and cotangents that fit, without its checks of these."""
+    found: tuple[Tensor | None, ...] = torch.autograd.graph._engine_run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        retain,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
+
+
 class Reached(NamedTuple):
     """What the graph of a model call leads to."""
 

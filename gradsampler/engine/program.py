@@ -35,6 +35,7 @@ __all__ = [
     "Affine",
     "Descent",
     "Evaluation",
+    "Gathering",
     "Injection",
     "Launch",
     "Numbers",
@@ -154,6 +155,16 @@ Instruction = Stage | Evaluation | Pullback | Absorption | Descent
 Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
 
 
+class Gathering(NamedTuple):
+    """A descent with its numbers in the place of their positions."""
+
+    lams: tuple[Slot, ...]  # the cotangents of states that it reads
+    a: list[float]
+    g: Slot | None  # the model's cotangent
+    g_scale: float
+    b: list[float] | None  # of the cotangents, then of the new one; None without an output
+
+
 class Launch(NamedTuple):
     """A stage with its numbers in the place of their positions."""
 
@@ -184,6 +195,33 @@ class Program:
     def launches(self) -> list[Launch | None]:
         """`prepared` with `numbers`, once for all runs of the program."""
         return self.prepared(self.numbers)
+
+    @cached_property
+    def gathered(self) -> "list[Gathering | None]":
+        """For each instruction of a transposed program that is a descent, what it computes."""
+        numbers = self.numbers
+        found: list[Gathering | None] = []
+        for descent in self.instructions:
+            if not isinstance(descent, Descent):
+                found.append(None)
+                continue
+            a = {s: numbers[c] for s, c in descent.state.terms}
+            b = {s: numbers[c] for s, c in descent.output.terms} if descent.output else {}
+            lams = tuple(s for s in dict.fromkeys((*a, *b)) if s.kind == "x")
+            lams = tuple(s for s in lams if s != descent.state.writes)
+            g = next((s for s in a if s.kind == "g"), None)
+            found.append(
+                Gathering(
+                    lams,
+                    [a.get(s, 0.0) for s in lams],
+                    g,
+                    0.0 if g is None else a[g],
+                    [b.get(s, 0.0) for s in (*lams, descent.state.writes)]
+                    if descent.output
+                    else None,
+                )
+            )
+        return found
 
     def prepared(self, numbers: Numbers) -> list[Launch | None]:
         """For each instruction that is a stage, what it computes."""

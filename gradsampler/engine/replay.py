@@ -52,15 +52,16 @@ class Sketch(NamedTuple):
         rounding = _ROUNDING.get(output.dtype, 2e-2)
         for dtype in dtypes:
             rounding = max(rounding, _ROUNDING.get(dtype, 2e-2))
-        flat = output.detach().flatten()
-        count = flat.numel()
+        count = output.numel()
         terms = _terms(count)
+        flat = output.detach()
         if count % terms:
-            flat = pad(flat, (0, -count % terms))
+            flat = pad(flat.flatten(), (0, -count % terms))
         # The elements of a sum are far apart, so that the rows are read in their order.
-        rows = flat.view(terms, -1)
-        if torch.is_autocast_enabled(flat.device.type):
-            with torch.autocast(flat.device.type, enabled=False):
+        rows = flat.reshape(terms, -1)
+        device = rows.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return cls(_summed(rows), terms, rounding)
         return cls(_summed(rows), terms, rounding)
 

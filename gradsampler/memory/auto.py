@@ -182,7 +182,7 @@ class _Keeping(Adjoint):
     ) -> None:
         self._room = room
         self._from: int | None = None  # the evaluation from which on calls are kept
-        self._calls: dict[Evaluation, Call] = {}
+        self._calls: dict[Slot, Call] = {}  # by the state
         if opening is not None:
             self._from = max(1, self._beyond(trajectory, opening.graph))
         super().__init__(trajectory, states, z0, opening)
@@ -197,10 +197,12 @@ class _Keeping(Adjoint):
     def _run(self) -> Tensor:
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             call = self._first(evaluation, x, scaled)
-            k = self._index[evaluation]
+            k = self._index[evaluation.state]
             if self._from is not None and k >= self._from and self._asked():
                 # Only coefficients that are learned are multiplied by the state.
-                self._calls[evaluation] = call if self._levels else call._replace(x=call.scaled)
+                self._calls[evaluation.state] = (
+                    call if self._levels else call._replace(x=call.scaled)
+                )
             else:
                 self._states.save(k, x)
             return [output.detach() for output in call.outputs]
@@ -219,9 +221,10 @@ class _Keeping(Adjoint):
         return call
 
     def _again(self, evaluation: Evaluation) -> Call:
-        if evaluation not in self._calls:
+        if evaluation.state not in self._calls:
             return super()._again(evaluation)
-        return self._calls[evaluation] if self._retains else self._calls.pop(evaluation)
+        state = evaluation.state
+        return self._calls[state] if self._retains else self._calls.pop(state)
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
         # A second backward, with retain_graph=True in the first, finds the calls where they were.

@@ -257,7 +257,7 @@ class _Reversing(Adjoint):
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more, and undoes what followed from its outputs."""
-        j = self._index[evaluation]
+        j = self._index[evaluation.state]
         x, scaled = self._pair.state(j)
         call = self._repeated(evaluation, x, scaled)
         if evaluation is self._evaluations[-1] and bool(_digest(call.outputs) != self._digest):
