@@ -4,6 +4,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -94,22 +95,26 @@ def trajectory(
         _checks.fail("state_dtype", "be a floating-point dtype of 16 bits or more", state_dtype)
     widest = z0.dtype if start is None else torch.promote_types(z0.dtype, start.dtype)
     state = state_dtype or torch.promote_types(widest, torch.float32)
+    chosen = backends.choose(backend, z0.device)
+    if program.coefficients.requires_grad:  # whose op knows one way alone
+        chosen = replace(chosen, torch_up_to=0)
     return Trajectory(
         program,
         model,
         source,
         Conditioning(cond),
-        backends.choose(backend, z0.device),
+        chosen,
         state,
         model_dtype(model, z0),
         Observer(program),
+        z0.device,
         start=None if start is None else start.to(state),
     )
 
 
 def checked_start(start: object, z0: Tensor, program: Program) -> Tensor | None:
     """The state that a run starts from, checked against z0 and against the program."""
-    read = START in program.readers()
+    read = START in program.readers
     if start is None:
         if read:
             hint = "it was recorded with run.start() or started=True"

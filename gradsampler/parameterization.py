@@ -112,7 +112,7 @@ class Parameterization(ABC):
         if len(outputs) <= max(branches):
             got = f"{type(self).__name__} with {len(outputs)} outputs"
             _checks.fail("denoiser", "be the one that the program was recorded with", got)
-        return tuple(outputs[b] for b in branches)
+        return outputs if len(outputs) == len(branches) else tuple(outputs[b] for b in branches)
 
     def modules(self) -> Iterator[nn.Module]:
         """The nn.Modules that the network consists of, as far as they can be seen or are named."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.memory import capacity
+from gradsampler.memory.planning.gauge import Live
 from support.alive import Watched, no_collector
 from support.gradients import assert_close, gradients
 from support.networks import Net
@@ -193,7 +194,7 @@ def test_same_gradients_for_every_target(solver, kind, room, free):
     free({"all": 2**40, "some": 50 * 2 * 3 * 8 * 2, "none": 2 * 12 * 2 * 3 * 8}[room])
     x = gs.sample(net, z0, sigmas, noise=noise, **options)
     assert torch.equal(x, expected.detach())
-    for again in (True, False):  # the second backward makes all calls again
+    for again in (True, False):
         found = gradients(x, inputs, retain_graph=again)
         for k, (g, w) in enumerate(zip(found, wanted, strict=True)):
             assert_close(g, w, what=f"gradient {k}")
@@ -201,7 +202,7 @@ def test_same_gradients_for_every_target(solver, kind, room, free):
         gradients(x, inputs)
 
 
-@pytest.mark.parametrize("kept", [0, 3, STEPS])
+@pytest.mark.parametrize("kept", [0, 3, STEPS - 1])
 def test_kept_and_repeated_calls_agree_to_the_bit(kept, free):
     z0 = leaf(normal(2, 3))
     free(keeping(kept, z0))
@@ -213,15 +214,17 @@ def test_kept_and_repeated_calls_agree_to_the_bit(kept, free):
 
 
 @pytest.mark.parametrize("kept", [0, 3, STEPS])
-def test_a_second_backward_makes_all_calls_again(kept, free):
+def test_a_second_backward_finds_the_calls_that_were_kept(kept, free):
     z0, denoiser = leaf(normal(2, 3)), Wide()
     free(keeping(kept, z0))
     x = gs.sample(denoiser, z0, SIGMAS)
     first = gradients(x, [z0], retain_graph=True)
     assert denoiser.calls == 2 * STEPS - kept
     second = gradients(x, [z0])
-    assert denoiser.calls == 3 * STEPS - kept
+    assert denoiser.calls == 3 * STEPS - 2 * kept
     assert torch.equal(first[0], second[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(x, [z0])
 
 
 @pytest.mark.parametrize("room", [2**40, 3000, 700])
@@ -284,7 +287,9 @@ def test_a_denoiser_that_checkpoints_itself(steps, free):
     assert_close(found[0], gradients(gs.sample(inner, z0, sigmas, memory="store"), [z0])[0])
 
 
-def test_a_compiled_denoiser_is_compiled_once(free):
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, which it else hides
+@pytest.mark.parametrize("kept", [3, STEPS])
+def test_a_compiled_denoiser_is_compiled_once(kept, free):
     compiled = []
 
     def backend(graph, inputs):
@@ -296,10 +301,53 @@ def test_a_compiled_denoiser_is_compiled_once(free):
     denoiser = torch.compile(
         lambda x, s: torch.tanh(x[..., None] * weight).mean(-1), backend=backend
     )
-    free(keeping(3, z0))
+    free(keeping(kept, z0))
     found = gradients(gs.sample(denoiser, z0, SIGMAS), [z0])
     assert len(compiled) == 1
     assert_close(found[0], gradients(gs.sample(inner, z0, SIGMAS, memory="store"), [z0])[0])
+
+
+# Bytes, counted storage by storage.
+
+
+def alive(denoiser, z0, memory, sigmas=SIGMAS):
+    """States' worth of what a run leaves for its backward, and of what both take at most."""
+    with Live() as live:
+        gs.sample(denoiser, z0, sigmas[-2:], memory=memory).sum().backward()  # what stays is loaded
+    size = z0.numel() * z0.element_size()
+    before = live.live
+    with live:
+        x = gs.sample(denoiser, z0, sigmas, memory=memory)
+        kept = live.live - before
+        torch.autograd.grad(x.sum(), z0)
+    return kept / size, (live.peak - before) / size
+
+
+def test_where_all_fits_no_state_is_kept_beside_the_graphs(free):
+    free(2**40)
+    z0 = leaf(normal(4, 500))
+    kept, peak = alive(lambda x, s: torch.tanh(2 * x), z0, "auto", gs.schedules.karras(30))
+    # tanh keeps its result; beside them there are the output of the run and few that are in work.
+    assert 30 <= kept < 32
+    assert 30 <= peak < 38
+
+
+def test_a_call_that_leaves_autograd_nothing_to_keep(free):
+    free(2**40)
+    z0 = leaf(normal(4, 500))
+    kept, peak = alive(lambda x, s: 0.5 * x, z0, "auto", gs.schedules.karras(30))
+    assert kept < 2
+    assert peak < 8
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_no_state_is_kept_of_a_call_whose_graph_is(count, free):
+    z0, denoiser = leaf(normal(4, 500)), Wide()
+    free(keeping(count, z0))
+    kept, _ = alive(denoiser, z0, "auto")
+    # Of a kept call tanh's result, the input and the output; of another the state; the sample.
+    exact = 66 * count + (STEPS - count) + 1
+    assert exact - 1 < kept < exact + 1
 
 
 # What goes wrong.
@@ -323,7 +371,7 @@ def test_a_failure_in_the_run_leaves_nothing(free):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_failure_in_the_backward_leaves_no_call(free):
+def test_a_failure_in_the_backward_leaves_a_run_that_can_be_tried_again(free):
     z0, denoiser = leaf(normal(2, 3)), Wide()
     free(keeping(2, z0))
     x = gs.sample(denoiser, z0, SIGMAS)
@@ -332,7 +380,7 @@ def test_a_failure_in_the_backward_leaves_no_call(free):
         gradients(x, [z0], retain_graph=True)
     denoiser.fails_at, before = None, denoiser.calls
     found = gradients(x, [z0])
-    assert denoiser.calls == before + STEPS
+    assert denoiser.calls == before + STEPS - 2
     assert_close(found[0], gradients(gs.sample(Wide(), z0, SIGMAS, memory="store"), [z0])[0])
 
 
@@ -346,11 +394,23 @@ def test_nothing_is_kept_where_nothing_is_differentiated_by(free):
         assert [a for a, _ in denoiser.alive] == [0] * STEPS
 
 
-def test_a_gradient_of_the_gradient_is_refused(free):
-    free(2**40)
+def test_a_gradient_of_the_gradient_is_refused_where_calls_are_made_again(free):
     z0 = leaf(normal(2, 3))
+    free(keeping(STEPS - 1, z0))
     with pytest.raises(RuntimeError, match="memory='store' has a gradient of the gradient"):
         gradients(gs.sample(Wide(), z0, SIGMAS), [z0], create_graph=True)
+
+
+def test_a_gradient_of_the_gradient_where_all_fits(free):
+    """Also through the first call, whose saved tensors go through hooks."""
+    free(2**40)
+    z0 = leaf(normal(2, 3))
+
+    def twice(memory):
+        (g,) = gradients(gs.sample(Wide(), z0, SIGMAS, memory=memory), [z0], create_graph=True)
+        return torch.autograd.grad(g.square().sum(), z0)[0]
+
+    assert_close(twice("auto"), twice("store"))
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -6,6 +6,7 @@ import torch
 
 import gradsampler as gs
 from gradsampler.ops import backends
+from gradsampler.ops.recorded import differentiable
 from support.noises import SOURCES
 from support.runs import SOLVERS
 from support.strategies import STRATEGIES
@@ -123,3 +124,35 @@ def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
 @needs_triton
 def test_triton_is_the_default_on_a_gpu():
     assert backends.choose(None, torch.device("cuda")).name == "triton"
+
+
+@pytest.mark.parametrize("size", [1, 255, 2**14, 2**14 + 1])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_of_a_run_in_few_elements_and_in_many(size, count, dtype):
+    generator = torch.Generator().manual_seed(0)
+    terms = [torch.randn(1, size, generator=generator, dtype=dtype) for _ in range(count)]
+    coefs = [0.5 - 0.7 * k for k in range(count)]
+    exact = sum(c * x.double() for c, x in zip(coefs, terms, strict=True))
+    backend = backends.choose(None, torch.device("cpu"))
+    x, scaled = backend.step(
+        terms, coefs, out_dtype=dtype, model_scale=0.3, model_dtype=torch.float32
+    )
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(x.double(), exact, rtol=tolerance, atol=tolerance * count)
+    assert (x.dtype, scaled.dtype) == (dtype, torch.float32)
+    assert torch.equal(scaled, (0.3 * x).float())
+    # The same bits where only one of the results is asked for, and under autograd.
+    assert torch.equal(backend.step(terms, coefs, out_dtype=dtype)[0], x)
+    asking = [y.clone().requires_grad_() for y in terms]
+    recorded = differentiable(backend).step(asking, coefs, out_dtype=dtype)[0]
+    assert torch.equal(recorded, x)
+    g = torch.randn(1, size, generator=generator, dtype=dtype)
+    for c, found in zip(coefs, torch.autograd.grad(recorded, asking, g), strict=True):
+        torch.testing.assert_close(found, c * g)
+
+
+def test_a_step_of_few_elements_is_laid_out_as_one_of_many():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    backend = backends.choose(None, torch.device("cpu"))
+    assert backend.step([x], [2.0], out_dtype=torch.float32)[0].is_contiguous()

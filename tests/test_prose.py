@@ -91,7 +91,7 @@ def flat(documented):
 
 
 def test_the_default_strategy_and_its_slots():
-    assert told("README.md", r'`"(\w+)"`, the default, is checkpoint') == default("memory")
+    assert told("README.md", r'`"(\w+)"`, the default, is store') == default("memory")
     assert told("docs/memory.md", r'`memory="(\w+)"`, the default') == default("memory")
     assert int(told("README.md", r"\| (\d+) states, or as many as it says")) == Revolve().slots
     assert int(told("docs/memory.md", r'`"revolve:(\d+)"`, or')) == Revolve().slots
@@ -120,7 +120,7 @@ def test_the_calls_that_revolve_makes():
 def test_what_auto_takes_of_what_is_free():
     assert float(told("docs/memory.md", r"Of ([\d.]+) of what is free")) == auto._USED
     halves = (
-        r"the N states take less than (\w+) of it",
+        r"the N states take less than (\w+) of what is free",
         r"they take more than (\w+) of what the host has",
         r"as many slots as (\w+) of the memory holds",
     )

@@ -91,7 +91,10 @@ def test_narrow_dtypes(dtype, memory, tmp_path):
     expected, got = (run(m) for m in ("checkpoint", STRATEGIES[memory](tmp_path)))
     assert torch.equal(got, expected)
     (wanted,), (found,) = gradients(expected, [z0]), gradients(got, [z0])
-    assert torch.equal(found, wanted)
+    if memory == "auto":  # where all fits autograd adds up, in another order
+        assert_close(found, wanted, 1e-6)
+    else:
+        assert torch.equal(found, wanted)
     if dtype == torch.float32:
         assert_close(found, gradients(run("store"), [z0])[0], 1e-6)
 
@@ -194,7 +197,7 @@ def test_callback_and_progress_see_the_run_once(memory, tmp_path, capsys):
     assert "5/5" in capsys.readouterr().err
 
 
-@exact
+@pytest.mark.parametrize("memory", sorted(set(EXACT) - {"auto"}))  # which has it where all fits
 def test_a_second_derivative_is_refused(memory, tmp_path):
     z0 = leaf(normal(2, 3))
     x = gs.sample(Net(), z0, SIGMAS, memory=STRATEGIES[memory](tmp_path))

@@ -18,10 +18,10 @@ from gradsampler.engine.program import (
     Absorption,
     Descent,
     Evaluation,
+    Gathering,
     Pullback,
     Slot,
     Stage,
-    Terms,
     column,
 )
 from gradsampler.engine.replay import Sketch, changed
@@ -54,6 +54,16 @@ class Call(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
+class Opening(NamedTuple):
+    """The first model call of a run, where it is made before it is known how to go on."""
+
+    outputs: tuple[Tensor, ...]  # without their graph
+    found: graph.Reached
+    detached: bool  # whether the run has been warned that no gradient passes
+    circumstances: Circumstances  # that have captured it
+    graph: int  # bytes of its graph
+
+
 class Gradients:
     """Sums of cotangents of what a run is differentiated by; None where it is not."""
 
@@ -62,6 +72,7 @@ class Gradients:
         self._shape = None if numbers is None else numbers.shape
         self._numbers: dict[int, Tensor] = {}  # by position; 0-d or [B] on the device of the run
         self.tensors: dict[int, Tensor] = {}  # by position in `Adjoint.inputs`
+        self._own: set[int] = set()  # those that are sums made here, and in nobody else's hands
 
     def add_z0(self, gradient: Tensor | None) -> None:
         """Adds to the gradient of z0."""
@@ -88,36 +99,61 @@ class Gradients:
             gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
         return gradient
 
-    def tensor(self, position: int, gradient: Tensor | None) -> None:
-        """Adds to the gradient of the input at ``position``; sums are in float32 at least."""
-        if gradient is not None:
-            known = self.tensors.get(position)
-            if known is not None:
-                gradient = known.to(torch.promote_types(known.dtype, torch.float32)) + gradient
-            self.tensors[position] = gradient
+    def add(self, positions: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
+        """Adds to the gradients of the inputs at ``positions``; sums are in float32 at least."""
+        sums: list[Tensor] = []
+        fresh: list[Tensor] = []
+        for k, gradient in zip(positions, gradients, strict=True):
+            if gradient is None:
+                continue
+            known = self.tensors.get(k)
+            if known is None:
+                self.tensors[k] = gradient
+            elif k in self._own:
+                sums.append(known)
+                fresh.append(gradient)
+            else:
+                wide = torch.promote_types(known.dtype, torch.float32)
+                self.tensors[k] = known.to(wide) + gradient
+                self._own.add(k)
+        if sums:
+            torch._foreach_add_(sums, fresh)
 
 
 class Adjoint:
     """A run that kept only the states its model calls saw, and the gradient of that run."""
 
-    def __init__(self, trajectory: Trajectory, states: States, z0: Tensor) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        states: States,
+        z0: Tensor,
+        opening: Opening | None = None,
+    ) -> None:
         self._trajectory = trajectory
+        self._opening = opening
         self._states = states
         self._z0 = z0.detach()
         self._wanted = z0.requires_grad
         self._start = [] if trajectory.start is None else [trajectory.start]
-        self._numbers: Any = trajectory.program.numbers(z0.device)
+        self._numbers: Any = trajectory.numbers
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
-        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._circumstances = (
+            Circumstances(z0.device, trajectory.model, trajectory.cond)
+            if opening is None
+            else opening.circumstances
+        )
+        self._known = {*map(id, self._cond)}
         self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
-        self._index = {e: k for k, e in enumerate(trajectory.program.evaluations)}
+        self._index = {e.state: k for k, e in enumerate(trajectory.program.evaluations)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
-        self._detached = False
+        self._retains = False  # whether what is pulled back may be pulled back once more
+        self._detached = opening is not None and opening.detached
         with torch.no_grad():
             self._output: Tensor | None = self._run()
         self._circumstances.finish()
@@ -126,10 +162,10 @@ class Adjoint:
         """Runs forward; what backward needs is kept."""
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-            self._states.save(self._index[evaluation], x)
+            self._states.save(self._index[evaluation.state], x)
             return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
 
-        return self._trajectory.forward(self._z0, self._numbers, evaluate)
+        return self._trajectory.forward(self._z0, evaluate)
 
     def inputs(self) -> list[Tensor]:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
@@ -145,9 +181,11 @@ class Adjoint:
 
     def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
         """Calls the model; its input and its level are fresh leaves."""
-        scaled, level = self._trajectory.model_input(evaluation, x, scaled, self._numbers)
+        scaled, level = self._trajectory.model_input(evaluation, x, scaled)
         scaled = scaled.detach().requires_grad_()
-        level = level.clone().requires_grad_(self._levels)
+        level = level.clone()  # a denoiser may change it
+        if self._levels:
+            level.requires_grad_()
         cond = self._trajectory.cond.filled(self._cond)
         with torch.enable_grad():
             outputs = self._trajectory.call(evaluation, scaled, level, cond)
@@ -155,24 +193,37 @@ class Adjoint:
 
     def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
         """Calls the model for the first time, and finds what else the call depends on."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            self._take(evaluation, opening.outputs, opening.found)
+            return Call(x, x, x, opening.outputs)
         since = graph.mark()
         with self._circumstances.captured(evaluation):
             call = self._call(evaluation, x, scaled)
-        outputs = call.outputs
-        self._dtypes.update(zip(evaluation.writes, (d.dtype for d in outputs), strict=True))
-        found = graph.reached(outputs, since)
-        self._outer |= found.outer
-        self._sketches[evaluation.state.call] = self._sketched(outputs)
-        if self._asked() and id(call.scaled) not in found.leaves and not self._detached:
+        found = graph.reached(call.outputs, since)
+        passes = found.leaves.pop(id(call.scaled), None) is not None
+        found.leaves.pop(id(call.level), None)
+        self._take(evaluation, call.outputs, found)
+        if not passes and not self._detached and self._asked():
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
-        own = {id(call.scaled), id(call.level), *map(id, self._cond)}
-        self._leaves.update((key, leaf) for key, leaf in found.leaves.items() if key not in own)
         return call
+
+    def _take(
+        self, evaluation: Evaluation, outputs: Sequence[Tensor], found: graph.Reached
+    ) -> None:
+        """Takes note of what a first call returned and depends on."""
+        for slot, output in zip(evaluation.writes, outputs, strict=True):
+            self._dtypes[slot] = output.dtype
+        self._outer |= found.outer
+        self._sketches[evaluation.state.call] = self._sketched(outputs)
+        for key, leaf in found.leaves.items():
+            if key not in self._leaves and key not in self._known:
+                self._leaves[key] = leaf
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more on the state that it saw."""
-        return self._repeated(evaluation, self._states.load(self._index[evaluation]))
+        return self._repeated(evaluation, self._states.load(self._index[evaluation.state]))
 
     def _repeated(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
         """Calls the model as the first time; what it returns is compared in the end."""
@@ -227,96 +278,114 @@ class Adjoint:
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
         program = self._trajectory.program
         transposed = program.transposed
-        readers = program.readers()
         gradients = Gradients(
             self._z0 if wants_z0 else None, program.coefficients if self._levels else None
         )
         given = self._trajectory.given(self._z0)
+        inner = self._inner()
         cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
-        for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
+        for instruction, gathering, dead in zip(
+            transposed.instructions, transposed.gathered, transposed.dead, strict=True
+        ):
             if isinstance(instruction, Stage):
                 terms = tuple(term for term in instruction.terms if term[0] in cot)
                 if instruction.writes in given:
                     for reader, c in terms:
                         gradients.number(c, given[instruction.writes], cot[reader])
                 if terms and instruction.writes.kind != "c":
-                    cot[instruction.writes] = self._trajectory.combine(terms, cot, self._numbers)
+                    cot[instruction.writes] = self._trajectory.combine(terms, cot)
             elif isinstance(instruction, Descent):
-                self._descend(instruction, cot, gradients)
+                assert gathering is not None
+                self._descend(instruction, gathering, cot, gradients)
             elif isinstance(instruction, Pullback):
-                self._pull(instruction, cot, readers, gradients)
+                self._pull(instruction, cot, inner, gradients)
             elif isinstance(instruction, Absorption) and instruction.state in cot:
                 self._absorb(instruction, cot[instruction.state], gradients)
             for slot in dead:
                 cot.pop(slot, None)
         gradients.add_z0(cot.get(Z0))
-        gradients.tensor(len(self._cond) + len(self._trajectory.noise.tensors), cot.get(START))
+        at_start = len(self._cond) + len(self._trajectory.noise.tensors)
+        gradients.add([at_start], [cot.get(START)])
         return gradients
+
+    def _inner(self) -> dict[int, Tensor]:
+        """What model calls are differentiated by beside their input, by position in `inputs`."""
+        first = len(self._cond) + len(self._trajectory.noise.tensors) + len(self._start)
+        found = {**dict(enumerate(self._cond)), **dict(enumerate(self._leaves.values(), first))}
+        return {k: x for k, x in found.items() if x.requires_grad}
 
     def _pull(
         self,
         pullback: Pullback,
         cot: dict[Slot, Tensor],
-        readers: dict[Slot, Terms],
+        inner: dict[int, Tensor],
         gradients: Gradients,
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
         evaluation = pullback.evaluation
         x, scaled, level, outputs = self._again(evaluation)
-        for slot, value in zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True):
-            for reader, c in readers.get(slot, ()):
-                if reader in cot:
-                    gradients.number(c, value.detach(), cot[reader])
-        pairs = [
-            (output, cot[slot].to(output.dtype))
-            for slot, output in zip(evaluation.writes, outputs, strict=True)
-            if slot in cot and output.requires_grad
-        ]
-        if not pairs:
+        if self._levels:
+            values = zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True)
+            for slot, value in values:
+                for reader, c in self._trajectory.program.readers.get(slot, ()):
+                    if reader in cot:
+                        gradients.number(c, value.detach(), cot[reader])
+        pulled: list[Tensor] = []
+        cotangents: list[Tensor] = []
+        for slot, output in zip(evaluation.writes, outputs, strict=True):
+            mu = cot.get(slot)
+            if mu is not None and output.requires_grad:
+                pulled.append(output)
+                cotangents.append(mu if mu.dtype == output.dtype else mu.to(output.dtype))
+        if not pulled:
             return
-        given = [*self._trajectory.noise.tensors, *self._start]
-        inner = [*self._cond, *given, *self._leaves.values()]
-        skipped = range(len(self._cond), len(inner) - len(self._leaves))
-        wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
-        leaves = list(self._leaves.values())
-        with graph.without_hooks(leaves), self._circumstances.drawing_nothing(evaluation):
-            g, *rest = torch.autograd.grad(
-                [output for output, _ in pairs],
-                [scaled, *levels, *(inner[k] for k in wanted)],
-                [mu for _, mu in pairs],
-                allow_unused=True,
-                retain_graph=self._outer,
+        silent = graph.without_hooks(list(self._leaves.values()))
+        with silent, self._circumstances.drawing_nothing(evaluation):
+            g, *rest = graph.pulled(
+                pulled,
+                [scaled, *levels, *inner.values()],
+                cotangents,
+                retain=self._outer or self._retains,
             )
         if levels:
             dlevel = rest.pop(0)
             if dlevel is not None:
                 each = dlevel[:, None]
                 gradients.number(evaluation.c_noise, torch.ones_like(each), each)
-        for k, gradient in zip(wanted, rest, strict=True):
-            gradients.tensor(k, gradient)
+        gradients.add(list(inner), rest)
         if g is not None:
             self._trajectory.observer.finite(evaluation, g, "the gradient")
             gradients.number(evaluation.c_in, x, g)
             cot[pullback.writes] = g
 
-    def _descend(self, descent: Descent, cot: dict[Slot, Tensor], gradients: Gradients) -> None:
+    def _descend(
+        self,
+        descent: Descent,
+        gathering: Gathering,
+        cot: dict[Slot, Tensor],
+        gradients: Gradients,
+    ) -> None:
         """The cotangents of a state and of an output of the evaluation before, in one launch."""
         slot, output = descent.state.writes, descent.output
-        absorption = next(iter(descent.absorptions), None)
-        a = {s: self._numbers[c] for s, c in descent.state.terms if s in cot}
-        b = {s: self._numbers[c] for s, c in output.terms} if output is not None else {}
-        g = next((s for s in a if s.kind == "g"), None)
-        lams = [s for s in dict.fromkeys((*a, *b)) if s in cot and s.kind == "x"]
+        absorption = descent.absorptions[0] if descent.absorptions else None
+        lams, a, g, g_scale, b = gathering
+        if g not in cot:
+            g, g_scale = None, 0.0
+        missing = [s for s in lams if s not in cot]
+        if missing:
+            there = [k for k, s in enumerate(lams) if s in cot]
+            lams, a = tuple(lams[k] for k in there), [a[k] for k in there]
+            b = None if b is None else [*(b[k] for k in there), b[-1]]
         if not lams and g is None:
             return
-        draw = self._draw(absorption) if gradients.z0 is not None else None
+        draw = self._draw(absorption) if absorption and gradients.z0 is not None else None
         cot[slot], mu = self._trajectory.backend.adjoint_step(
             [cot[s] for s in lams],
-            [a.get(s, 0.0) for s in lams],
+            a,
             None if g is None else cot[g],
-            0.0 if g is None else a[g],
-            None if output is None else [b.get(s, 0.0) for s in (*lams, slot)],
+            g_scale,
+            b,
             self._z0,
             draw,
             self._numbers[absorption.injection.coefficient] if absorption else 0.0,
@@ -324,19 +393,16 @@ class Adjoint:
             mu_dtype=None if output is None else self._dtypes[output.writes],
             lam_dtype=self._trajectory.state_dtype,
         )
-        if output is not None and any(s in cot for s in b):
+        if output is not None and any(s in cot for s, _ in output.terms):
             cot[output.writes] = mu
         if absorption is not None and (draw is None or self._levels):
             self._absorb(absorption, cot[slot], gradients, done=draw is not None)
         for further in descent.absorptions[1:]:
             self._absorb(further, cot[slot], gradients)
 
-    def _draw(self, absorption: Absorption | None) -> Draw | None:
+    def _draw(self, absorption: Absorption) -> Draw | None:
         """The injection as numbers, if a kernel can pull a cotangent back through it."""
-        if absorption is None:
-            return None
-        name = self._trajectory.name(absorption.injection)
-        draw = self._trajectory.noise.draw(self._z0, *name)
+        draw = self._trajectory.draw(absorption.injection, self._z0)
         return None if draw is None or draw.kind == GIVEN else draw
 
     def _absorb(
@@ -355,8 +421,8 @@ class Adjoint:
         amount = column(self._numbers[position], lam)
         cotangent = noise.transpose(lam * amount, self._z0, *name)
         gradients.add_z0(cotangent.z0)
-        for k, gradient in cotangent.tensors.items():
-            gradients.tensor(len(self._cond) + k, gradient)
+        positions = [len(self._cond) + k for k in cotangent.tensors]
+        gradients.add(positions, list(cotangent.tensors.values()))
 
 
 class Connection(torch.autograd.Function):

@@ -5,7 +5,7 @@ at it computes the same twice, and a compiled one compiles once.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -60,6 +60,8 @@ class Circumstances:
     def again(self, evaluation: Evaluation, call: Callable[[], T]) -> T:
         """Makes a further call of an evaluation under them; afterwards all is as before it."""
         moves, values = self._moments[evaluation.state.call]
+        if not moves and not self._buffers and self._present_autocasts() == self._autocasts:
+            return call()
 
         def restored() -> T:
             with self.autocast(), self._buffers.replaced(values):
@@ -74,13 +76,13 @@ class Circumstances:
                 "Let one of them draw from a torch.Generator of its own, or take memory='store'"
             ) from None
 
-    @contextmanager
-    def drawing_nothing(self, evaluation: Evaluation) -> Iterator[None]:
+    def drawing_nothing(self, evaluation: Evaluation) -> AbstractContextManager[None]:
         """Raises ReplayError where the backward of a call draws, if the call does."""
         moves, _ = self._moments[evaluation.state.call]
-        if not moves:
-            yield
-            return
+        return self._unmoved(moves) if moves else nullcontext()
+
+    @contextmanager
+    def _unmoved(self, moves: Moves) -> Iterator[None]:
         try:
             with self._randomness.unmoved(moves):
                 yield

@@ -33,6 +33,8 @@ class Conditioning:
 
     def filled(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The dict with ``tensors`` in the places of its own."""
+        if not self._leaves:
+            return {}
         leaves = list(self._leaves)
         for i, x in zip(self._places, tensors, strict=True):
             leaves[i] = x

@@ -2,17 +2,21 @@
 """The autograd graph of a model call: what it leads to, and hooks on it."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@contextmanager
-def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+def without_hooks(leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Silences the tensors' gradient hooks, which are to see the sum over all calls, once."""
     hooked = [hooks for x in leaves if (hooks := x._backward_hooks)]
+    return _silenced(hooked) if hooked else nullcontext()
+
+
+@contextmanager
+def _silenced(hooked: Sequence[dict[int, Any]]) -> Iterator[None]:
     saved = [dict(hooks) for hooks in hooked]
     try:
         for hooks in hooked:
@@ -21,6 +25,26 @@ def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for hooks, was in zip(hooked, saved, strict=True):
             hooks.update(was)
+
+
+def pulled(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    retain: bool,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of outputs and cotangents that fit, without its checks of these."""
+    found: tuple[Tensor | None, ...] = torch.autograd.graph._engine_run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        retain,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
 
 
 class Reached(NamedTuple):
@@ -32,39 +56,43 @@ class Reached(NamedTuple):
 
 def mark() -> int:
     """A number that every autograd node made from now on in this thread exceeds."""
-    with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).clone().grad_fn
-    return node._sequence_nr()  # type: ignore[union-attr]
+    following: int = torch._C._autograd._get_sequence_nr()
+    return following - 1
 
 
 def reaches(outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
     """Whether the graph built since the number ``since`` of `mark` leads from outputs to ``x``."""
     pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
+    target, seen = x.grad_fn, set(pending)
     while pending:
         node = pending.pop()
-        if node is x.grad_fn or getattr(node, "variable", None) is x:
+        if node is target or (target is None and getattr(node, "variable", None) is x):
             return True
         if node._sequence_nr() <= since:
             continue
-        fresh = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= fresh
-        pending += fresh
+        # The last is looked at first, and the way to an input is mostly the first of them.
+        for parent, _ in reversed(node.next_functions):
+            if parent is target is not None:
+                return True
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
     return any(output is x for output in outputs)
 
 
-def reached(outputs: Sequence[Tensor], since: int) -> Reached:
-    """Walks the graph of ``outputs``, built since the number ``since`` of `mark`."""
+def reached(outputs: Sequence[Tensor], since: int, until: Sequence[Tensor] = ()) -> Reached:
+    """Walks the graph of ``outputs``, built since the number ``since`` of `mark`, to ``until``."""
     pending = [x.grad_fn for x in outputs if x.grad_fn is not None]
     leaves = {id(x): x for x in outputs if x.requires_grad and x.grad_fn is None}
-    seen, outer = set(pending), False
+    seen, outer = {*pending, *(x.grad_fn for x in until if x.grad_fn is not None)}, False
     while pending:
         node = pending.pop()
         if type(node).__name__ == "AccumulateGrad":
             variable: Tensor = node.variable  # type: ignore[attr-defined]
             leaves[id(variable)] = variable
             continue
-        outer = outer or node._sequence_nr() <= since
+        if not outer and node._sequence_nr() <= since:
+            outer = True
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)

@@ -37,28 +37,37 @@ class Observer:
         progress: bool = False,
         check_finite: bool = False,
     ) -> None:
-        self._numbers = program.numbers(torch.device("cpu"))
+        self._numbers = program.numbers
         self._num_steps = program.num_steps
         self._callback = callback
         self._check_finite = check_finite
         self._unread: list[tuple[Tensor, Evaluation, str]] = []  # checks that a device has made
-        self._bar = tqdm(total=program.num_steps, desc="sampling", disable=not progress)
+        self._bar = tqdm(total=program.num_steps, desc="sampling") if progress else None
+        self._looks = progress or check_finite or callback is not None
         self._step = -1
         self._info: StepInfo | None = None
+
+    @property
+    def checks(self) -> bool:
+        """Whether values are looked at."""
+        return self._check_finite
 
     def __enter__(self) -> "Observer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def evaluating(self, evaluation: Evaluation) -> None:
         """Takes note that the model is about to be evaluated: the step before may be over."""
-        if evaluation.step != self._step:
+        if self._looks and evaluation.step != self._step:
             self._end_step(evaluation.step)
 
     def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Takes note of a model evaluation."""
+        if not self._looks:
+            return
         for value, what in ((x, "the state"), *((d, "the model's output") for d in outputs)):
             self.finite(evaluation, value, what)
         if evaluation.step == self._step:
@@ -100,7 +109,8 @@ class Observer:
                 )
 
     def _end_step(self, following: int) -> None:
-        if 0 <= self._step < self._num_steps:  # a step may have no evaluation
+        # A step may have no evaluation.
+        if self._bar is not None and 0 <= self._step < self._num_steps:
             self._bar.update(following - self._step)
         if self._callback is not None and self._info is not None:
             info, self._info = self._info, None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,9 @@ __all__ = [
     "Affine",
     "Descent",
     "Evaluation",
+    "Gathering",
     "Injection",
+    "Launch",
     "Numbers",
     "Program",
     "Pullback",
@@ -155,6 +157,27 @@ class Descent:
 Instruction = Stage | Evaluation | Pullback | Absorption | Descent
 
 
+class Gathering(NamedTuple):
+    """A descent with its numbers in the place of their positions."""
+
+    lams: tuple[Slot, ...]  # the cotangents of states that it reads
+    a: list[float]
+    g: Slot | None  # the model's cotangent
+    g_scale: float
+    b: list[float] | None  # of the cotangents, then of the new one; None without an output
+
+
+class Launch(NamedTuple):
+    """A stage with its numbers in the place of their positions."""
+
+    writes: Slot
+    reads: tuple[Slot, ...]
+    factors: list[Any]
+    injections: tuple[Injection, ...]
+    amounts: list[Any]
+    c_in: Any  # of the evaluation that follows; None where none does
+
+
 @dataclass(frozen=True)
 class Program:
     """The instructions of a run in order, and the vector of all its numbers."""
@@ -165,26 +188,88 @@ class Program:
     num_steps: int
     output: Slot
 
+    @cached_property
+    def floats(self) -> list[float]:
+        """The coefficients, where all samples share them."""
+        assert not self.by_sample
+        floats: list[float] = self.coefficients.tolist()
+        return floats
+
     @property
+    def numbers(self) -> Numbers:
+        """The coefficients as floats, or by sample as tensors [B] on the CPU."""
+        return self.coefficients.detach().unbind() if self.by_sample else self.floats
+
+    @cached_property
+    def launches(self) -> list[Launch | None]:
+        """`prepared` with `floats`, once for all runs of the program."""
+        return self.prepared(self.floats)
+
+    @cached_property
+    def gathered(self) -> "list[Gathering | None]":
+        """For each instruction of a transposed program that is a descent, what it computes."""
+        found: list[Gathering | None] = []
+        for descent in self.instructions:
+            if not isinstance(descent, Descent):
+                found.append(None)
+                continue
+            numbers = self.floats
+            a = {s: numbers[c] for s, c in descent.state.terms}
+            b = {s: numbers[c] for s, c in descent.output.terms} if descent.output else {}
+            lams = tuple(s for s in dict.fromkeys((*a, *b)) if s.kind == "x")
+            lams = tuple(s for s in lams if s != descent.state.writes)
+            g = next((s for s in a if s.kind == "g"), None)
+            found.append(
+                Gathering(
+                    lams,
+                    [a.get(s, 0.0) for s in lams],
+                    g,
+                    0.0 if g is None else a[g],
+                    [b.get(s, 0.0) for s in (*lams, descent.state.writes)]
+                    if descent.output
+                    else None,
+                )
+            )
+        return found
+
+    def prepared(self, numbers: Numbers) -> list[Launch | None]:
+        """For each instruction that is a stage, what it computes."""
+        following = (*self.instructions[1:], None)
+        return [
+            Launch(
+                stage.writes,
+                tuple(stage.reads()),
+                [numbers[c] for _, c in stage.terms],
+                stage.injections,
+                [numbers[injection.coefficient] for injection in stage.injections],
+                numbers[after.c_in] if isinstance(after, Evaluation) else None,
+            )
+            if isinstance(stage, Stage)
+            else None
+            for stage, after in zip(self.instructions, following, strict=True)
+        ]
+
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The affine stages in order."""
         return tuple(i for i in self.instructions if isinstance(i, Stage))
 
-    @property
+    @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """The model evaluations in order."""
         return tuple(i for i in self.instructions if isinstance(i, Evaluation))
 
-    @property
+    @cached_property
     def injections(self) -> tuple[Injection, ...]:
         """The injections in order; a noise may be injected by more than one stage."""
         return tuple(injection for stage in self.stages for injection in stage.injections)
 
-    @property
+    @cached_property
     def noises(self) -> tuple[Injected, ...]:
         """The noises of the run, each once, in the order in which they are first injected."""
         return tuple(dict.fromkeys(injection.noise for injection in self.injections))
 
+    @cached_property
     def readers(self) -> dict[Slot, Terms]:
         """For each slot the states computed from it, with the positions of the coefficients."""
         readers: dict[Slot, Terms] = {}
@@ -204,13 +289,6 @@ class Program:
     def by_sample(self) -> bool:
         """Whether each sample has numbers of its own."""
         return self.coefficients.ndim == 2
-
-    def numbers(self, device: torch.device) -> Numbers:
-        """The coefficients as floats, or by sample as tensors [B] on ``device``."""
-        if not self.by_sample:
-            floats: list[float] = self.coefficients.tolist()
-            return floats
-        return self.coefficients.detach().to(device).unbind()
 
     @cached_property
     def dead(self) -> list[set[Slot]]:
@@ -235,7 +313,7 @@ def transpose(program: Program) -> Program:
     stage over the cotangents of the states computed from it. So backward needs as many kernels a
     model evaluation as forward does, and keeps as few tensors alive.
     """
-    readers = program.readers()
+    readers = program.readers
     returned: dict[Slot, Terms] = {}
     backward: list[Instruction] = []
     for instruction in reversed(program.instructions):

@@ -44,15 +44,19 @@ class Sketch(NamedTuple):
     @classmethod
     def of(cls, output: Tensor, dtypes: Iterable[torch.dtype] = ()) -> "Sketch":
         """Reads an output, which was computed in its own dtype or in one of ``dtypes``."""
-        rounding = max(_ROUNDING.get(dtype, 2e-2) for dtype in (output.dtype, *dtypes))
-        flat = output.detach().flatten()
-        terms = _terms(len(flat))
-        if len(flat) % terms:
-            flat = pad(flat, (0, -len(flat) % terms))
+        rounding = _ROUNDING.get(output.dtype, 2e-2)
+        for dtype in dtypes:
+            rounding = max(rounding, _ROUNDING.get(dtype, 2e-2))
+        count = output.numel()
+        terms = _terms(count)
+        flat = output.detach()
+        if count % terms:
+            flat = pad(flat.flatten(), (0, -count % terms))
         # The elements of a sum are far apart, so that the rows are read in their order.
-        rows = flat.view(terms, -1)
-        if torch.is_autocast_enabled(flat.device.type):
-            with torch.autocast(flat.device.type, enabled=False):
+        rows = flat.reshape(terms, -1)
+        device = rows.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return cls(_summed(rows), terms, rounding)
         return cls(_summed(rows), terms, rounding)
 
@@ -91,8 +95,10 @@ def _terms(count: int) -> int:
 def _summed(rows: Tensor) -> Tensor:
     """[S] sums over the rows [terms, S], each with a weight of its own."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    weights = _weights(len(rows), wide, rows.device)
-    if rows.dtype == wide or rows.numel() <= _PART:
+    weights = _weights(rows.shape[0], wide, rows.device)
+    if rows.dtype == wide:
+        return torch.mv(rows.t(), weights)
+    if rows.numel() <= _PART:
         return torch.mv(rows.to(wide).t(), weights)
     sums = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
     count = max(1, _PART // len(sums))

@@ -3,7 +3,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,15 +19,14 @@ from gradsampler.engine.program import (
     Z0,
     Evaluation,
     Injection,
-    Instruction,
+    Launch,
     Numbers,
     Program,
     Slot,
-    Stage,
     Terms,
     column,
 )
-from gradsampler.noise.sources import NoiseSource, draw_of, name_of
+from gradsampler.noise.sources import Injected, NoiseSource, draw_of, name_of
 from gradsampler.ops.backends import Backend
 from gradsampler.parameterization import Parameterization
 
@@ -59,58 +59,71 @@ class Trajectory:
     state_dtype: torch.dtype  # of the state between model calls
     model_dtype: torch.dtype  # of the model's input
     observer: Observer
+    device: torch.device
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
+    learned: Sequence[Tensor] | None = None  # the coefficients, where autograd is to reach them
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """The program's coefficients; those of each sample are on the device."""
+        if self.learned is not None:
+            return self.learned
+        if not self.program.by_sample:
+            return self.program.floats
+        return self.program.coefficients.detach().to(self.device).unbind()
+
+    @cached_property
+    def launches(self) -> list[Launch | None]:
+        """For each instruction that is a stage, what it computes."""
+        shared = self.learned is None and not self.program.by_sample
+        return self.program.launches if shared else self.program.prepared(self.numbers)
 
     def given(self, z0: Tensor) -> dict[Slot, Tensor]:
         """What is there before the first instruction."""
         start = {} if self.start is None else {START: self.start}
         return {Z0: z0, **start, **self.constants}
 
-    def forward(self, z0: Tensor, numbers: Numbers, evaluate: Evaluate) -> Tensor:
+    def forward(self, z0: Tensor, evaluate: Evaluate) -> Tensor:
         """Executes the instructions, and frees each slot after its last use.
 
         Args:
             z0: [B, *state] of the state's dtype.
-            numbers: the program's coefficients.
             evaluate: from an evaluation, its state, and the model's input where that is at hand,
                 to the model's outputs.
         """
         slots = self.given(z0)
-        self.execute(slots, 0, len(self.program.instructions), z0, numbers, evaluate)
+        self.execute(slots, 0, len(self.program.instructions), z0, evaluate)
         self.observer.finished()
         return slots[self.program.output]
 
     def execute(
-        self,
-        slots: dict[Slot, Tensor],
-        start: int,
-        stop: int,
-        z0: Tensor,
-        numbers: Numbers,
-        evaluate: Evaluate,
+        self, slots: dict[Slot, Tensor], start: int, stop: int, z0: Tensor, evaluate: Evaluate
     ) -> None:
         """Executes the instructions from position ``start`` to before ``stop``.
 
         Args:
             slots: what the instructions before ``start`` left; changed to what these leave.
             start, stop: positions in the program; elsewhere than at its ends, of an evaluation.
-            z0, numbers, evaluate: as for `forward`.
+            z0, evaluate: as for `forward`.
         """
-        scaled, instructions = None, self.program.instructions[start:stop]
-        for instruction, following, dead in zip(
-            instructions, (*instructions[1:], None), self.program.dead[start:stop], strict=True
+        program, observer, scaled = self.program, self.observer, None
+        for instruction, launch, dead in zip(
+            program.instructions[start:stop],
+            self.launches[start:stop],
+            program.dead[start:stop],
+            strict=True,
         ):
-            if isinstance(instruction, Stage):
-                x, scaled = self._stage(instruction, following, slots, numbers, z0)
-                slots[instruction.writes] = x
+            if launch is not None:
+                slots[launch.writes], scaled = self._launched(launch, slots, z0)
             elif isinstance(instruction, Evaluation):
                 x = slots[instruction.state]
-                self.observer.evaluating(instruction)
+                observer.evaluating(instruction)
                 outputs = evaluate(instruction, x, scaled)
-                slots.update(zip(instruction.writes, outputs, strict=True))
-                self.observer.evaluated(instruction, x, outputs)
-                del x, outputs  # the slots alone keep them, through the next model call
+                for slot, output in zip(instruction.writes, outputs, strict=True):
+                    slots[slot] = output
+                observer.evaluated(instruction, x, outputs)
+                del x, outputs, output  # the slots alone keep them, through the next model call
             for slot in dead:
                 del slots[slot]
 
@@ -118,25 +131,27 @@ class Trajectory:
         """The same without callback, bar and checks, to run parts of it once more."""
         return replace(self, observer=Observer(self.program))
 
-    def _stage(
-        self,
-        stage: Stage,
-        following: Instruction | None,
-        slots: dict[Slot, Tensor],
-        numbers: Numbers,
-        z0: Tensor,
+    def _launched(
+        self, launch: Launch, slots: dict[Slot, Tensor], z0: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """A state, and from the same launch the model's input if that differs from it."""
-        scale = None
-        shared = not self.program.by_sample
-        if shared and isinstance(following, Evaluation) and self._exact(stage, slots):
-            c_in = numbers[following.c_in]
-            if c_in != 1.0 or self.model_dtype != self.state_dtype:
-                scale = c_in
-        result = self.combine(stage.terms, slots, numbers, stage.injections, z0, scale)
-        return result if isinstance(result, tuple) else (result, None)
+        tensors = [slots[slot] for slot in launch.reads]
+        scale = launch.c_in
+        if self.program.by_sample:
+            scale = None
+        if scale is not None:
+            same = scale == 1.0 and self.model_dtype == self.state_dtype
+            if same or not self._exact(tensors):
+                scale = None
+        operands = self.operands(tensors, launch.factors, launch.injections, launch.amounts, z0)
+        return self.backend.step(
+            *operands,
+            out_dtype=self.state_dtype,
+            model_scale=scale,
+            model_dtype=self.model_dtype,
+        )
 
-    def _exact(self, stage: Stage, slots: dict[Slot, Tensor]) -> bool:
+    def _exact(self, operands: Sequence[Tensor]) -> bool:
         """Whether the state is rounded by the stage to what it is computed in.
 
         Then the model's input comes out the same from the stage as from the state, which is all
@@ -144,31 +159,23 @@ class Trajectory:
         """
         if torch.is_grad_enabled() or self.state_dtype not in (torch.float32, torch.float64):
             return False
-        operands = [*(slots[slot] for slot, _ in stage.terms), *self.noise.tensors]
-        wide = any(x.dtype == torch.float64 for x in operands)
+        wide = any(x.dtype == torch.float64 for x in (*operands, *self.noise.tensors))
         return self.state_dtype == torch.float64 or not wide
 
     def combine(
         self,
         terms: Terms,
         slots: dict[Slot, Tensor],
-        numbers: Numbers,
         injections: Sequence[Injection] = (),
         z0: Tensor | None = None,
-        model_scale: float | Tensor | None = None,
-    ) -> Any:
-        """A combination of slots plus injected noise; with ``model_scale`` a pair, the second
-        being the model's input.
-        """
+    ) -> Tensor:
+        """A combination of slots plus injected noise."""
+        numbers = self.numbers
         tensors = [slots[slot] for slot, _ in terms]
         factors = [numbers[c] for _, c in terms]
         amounts = [numbers[injection.coefficient] for injection in injections]
-        return self.backend.step_fwd(
-            *self.operands(tensors, factors, injections, amounts, z0),
-            out_dtype=self.state_dtype,
-            model_scale=model_scale,
-            model_dtype=self.model_dtype,
-        )
+        operands = self.operands(tensors, factors, injections, amounts, z0)
+        return self.backend.step(*operands, out_dtype=self.state_dtype)[0]
 
     def operands(
         self,
@@ -181,41 +188,81 @@ class Trajectory:
         """The arguments of one launch, which takes few tensors and one noise; what is beyond that
         is added up in launches before.
         """
-        draws: list[tuple[Draw | None, Any]] = []
-        for injection, amount in zip(injections, amounts, strict=True):
-            assert z0 is not None
-            named = (injection.step, self.program.num_steps, injection.draw)
-            draws.append((draw_of(self.noise, z0, *named, self.state_dtype), amount))
-        wide, by_sample = (
-            torch.promote_types(self.state_dtype, torch.float32),
-            self.program.by_sample,
-        )
+        if not injections and len(tensors) <= MAX_TERMS:
+            return tensors, _together(factors), z0, None, 0.0
+        assert z0 is not None or not injections
+        draws: list[tuple[Draw | None, Any]] = [
+            (self._drawn(injection, cast(Tensor, z0)), amount)
+            for injection, amount in zip(injections, amounts, strict=True)
+        ]
+        wide = torch.promote_types(self.state_dtype, torch.float32)
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
             partial = self.backend.step_fwd(
                 tensors[:MAX_TERMS], _together(factors[:MAX_TERMS]), z0, *noise, out_dtype=wide
             )
             tensors = [partial, *tensors[MAX_TERMS:]]
-            factors = [torch.ones_like(factors[0]) if by_sample else 1.0, *factors[MAX_TERMS:]]
+            factors = [
+                torch.ones_like(factors[0]) if self.program.by_sample else 1.0,
+                *factors[MAX_TERMS:],
+            ]
         return tensors, _together(factors), z0, *(draws[0] if draws else (None, 0.0))
+
+    def draw(self, injection: Injection, z0: Tensor) -> Draw | None:
+        """An injection as numbers; None for a source that no kernel knows."""
+        if injection.noise not in self._draws:
+            self._draws[injection.noise] = self.noise.draw(z0, *self.name(injection))
+        return self._draws[injection.noise]
+
+    @cached_property
+    def _draws(self) -> dict[Injected, Draw | None]:
+        return {}
+
+    def _drawn(self, injection: Injection, z0: Tensor) -> Draw:
+        """An injection as numbers; a source that no kernel knows is evaluated."""
+        draw = self.draw(injection, z0)
+        if draw is not None:
+            return draw
+        step, number = injection.noise
+        return draw_of(self.noise, z0, step, self.program.num_steps, number, self.state_dtype)
 
     def name(self, injection: Injection) -> tuple[int, ...]:
         """What the noise of an injection is called, as an argument of its source."""
         return name_of(injection.step, self.program.num_steps, injection.draw)
 
     def model_input(
-        self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None, numbers: Numbers
+        self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What the model is called with: the scaled state [B, *state] and the level [B]."""
-        c_in, c_noise = numbers[evaluation.c_in], numbers[evaluation.c_noise]
         if scaled is None:
+            c_in = self.numbers[evaluation.c_in]
             scaled = x if isinstance(c_in, float) and c_in == 1.0 else column(c_in, x) * x
+        if scaled.dtype != self.model_dtype:
+            scaled = scaled.to(self.model_dtype)
+        if not self._levels:
+            self._levels.update(self._told(x.device, len(x)))
+        return scaled, self._levels[evaluation.c_noise]
+
+    @cached_property
+    def _levels(self) -> dict[int, Tensor]:
+        """What the model is told of each level, [B], by the position of the number."""
+        return {}
+
+    def _told(self, device: torch.device, batch: int) -> Mapping[int, Tensor]:
         dtype = torch.promote_types(self.model_dtype, torch.float32)
-        if isinstance(c_noise, float):  # filled on the device: a copy to it would stall the host
-            level = torch.full((), c_noise, dtype=dtype, device=x.device)
-        else:
-            level = c_noise.to(x.device, dtype)
-        return scaled.to(self.model_dtype), level.expand(len(x))
+        positions = list(dict.fromkeys(e.c_noise for e in self.program.evaluations))
+        if self.learned is not None or self.program.by_sample:
+            numbers = cast(Sequence[Tensor], self.numbers)
+            return {k: numbers[k].to(device, dtype).expand(batch) for k in positions}
+        values = [self.program.floats[k] for k in positions]
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph takes no copies from memory that is not its own.
+            return {
+                k: torch.full((), value, dtype=dtype, device=device).expand(batch)
+                for k, value in zip(positions, values, strict=True)
+            }
+        levels = torch.tensor(values, dtype=torch.float64).to(dtype).to(device)[:, None]
+        return dict(zip(positions, levels.expand(-1, batch).unbind(), strict=True))
 
     def buffers(self) -> Iterator[Tensor]:
         """The buffers of the network's modules."""
@@ -241,12 +288,27 @@ class Trajectory:
                 "give the denoiser x.clone()",
             )
         for output in outputs:
-            name = f"denoiser: the output at step {evaluation.step}"
-            _checks.prediction(name, output)
-            if self.model.keeps_shape:
-                _checks.shape(name, output, x.shape)
-            _checks.device(name, output, x.device)
+            if not _alike(output, x):
+                self._check_output(evaluation, output, x)
         return outputs
+
+    def _check_output(self, evaluation: Evaluation, output: object, x: Tensor) -> None:
+        name = f"denoiser: the output at step {evaluation.step}"
+        found = _checks.prediction(name, output)
+        if self.model.keeps_shape:
+            _checks.shape(name, found, x.shape)
+        _checks.device(name, found, x.device)
+
+
+def _alike(output: object, x: Tensor) -> bool:
+    """Whether an output is at first glance what the input ``x`` is, as almost every one is."""
+    return (
+        type(output) is Tensor
+        and output.dtype == x.dtype
+        and output.shape == x.shape
+        and output.device == x.device
+        and output.layout == torch.strided
+    )
 
 
 def _together(factors: list[Any]) -> Any:

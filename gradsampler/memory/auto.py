@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, States
+from gradsampler.engine import graph
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, Opening, States
+from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import Evaluation, Slot, Stage
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import capacity
@@ -17,7 +19,7 @@ from gradsampler.memory.host import Host
 from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.saved import Saved
-from gradsampler.memory.store import Store
+from gradsampler.memory.store import Recording, Store
 
 _USED = 0.8  # of what is free; the rest is for what follows the run, and for fragments
 _STATES = 0.5  # of what is free that states or snapshots may take
@@ -28,17 +30,17 @@ class Auto(Memory):
     """`Reversible` for a run that can be undone, else `Checkpoint`, and beside it the activations
     of as many calls as fit into what is free.
 
-    The first call of the run shows how much autograd keeps of one. Then the last k calls are
-    kept whole, as many as fit, and only the N - k before them are made again in backward: the time
-    of `Store` where all fit, of `Checkpoint` where none does. The last and not the first, since
-    backward needs these first: they are gone when it comes to the calls that are made again, so the
-    peak is k calls and not k + 1.
+    The first call of the run shows how much autograd keeps of one, which may be nothing. Where all
+    N fit, it is a run of `Store`. Else the last k calls are kept whole, as many as fit, and the
+    N - k before them, of which the states are kept, are made again in backward: the time of
+    `Checkpoint` where none fits. The last and not the first, since backward needs these first: they
+    are gone when it comes to the calls that are made again, so the peak is k calls and not k + 1.
 
     Where the states alone would take half of what is free, they go to the host, as with
     `Offload`; where that has no room either, or is the device of the run, it is `Revolve` with as
     many slots as fit.
 
-    A kept call serves one backward; a second one (``retain_graph=True``) makes all calls again.
+    A gradient of the gradient needs `Store`.
     """
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
@@ -50,19 +52,95 @@ class Auto(Memory):
         free = capacity.free(z0.device)
         if free is None:
             return _connected(trajectory, z0, Resident(), room=0.0)
+        opening = None
+        if count > 1 and _plain(trajectory, z0.device):
+            begun = Begun(trajectory, z0)
+            # The gradients that are alive within a call's backward take about as much as its graph.
+            if begun.plain and (count + 1) * begun.kept + 4 * size <= _USED * free:
+                return begun.finished()
+            opening = begun.opening()
+            del begun
         if count * size <= _STATES * free:
-            return _connected(trajectory, z0, Resident(), _USED * free - count * size)
+            return _connected(trajectory, z0, Resident(), _USED * free - count * size, opening)
         if z0.device.type != "cpu":
             host = capacity.free(torch.device("cpu"))
             if host is not None and count * size <= _STATES * host:
-                return _connected(trajectory, z0, Host(count), _USED * free)
+                return _connected(trajectory, z0, Host(count), _USED * free, opening)
         slots = int(_STATES * free) // (size * _snapshot(trajectory))
-        return Revolve(max(1, slots)).run(trajectory, z0)
+        return Revolve(max(1, slots)).run(trajectory, z0, opening)
 
 
-def _connected(trajectory: Trajectory, z0: Tensor, states: States, room: float) -> Tensor:
+def _plain(trajectory: Trajectory, device: torch.device) -> bool:
+    """Whether autograd itself gives the gradients of a run, as precise as ours."""
+    if trajectory.program.coefficients.requires_grad:
+        return False
+    if any(torch.is_autocast_enabled(kind) for kind in {"cpu", device.type}):
+        return False  # autocast's copies of the weights live through all calls
+    if trajectory.state_dtype not in (torch.float32, torch.float64):
+        return False
+    parameters = (p for m in trajectory.model.modules() for p in m.parameters())
+    return not any(map(_narrow, (*parameters, *trajectory.noise.tensors)))
+
+
+def _narrow(x: Tensor) -> bool:
+    """Whether autograd would add up the tensor's gradient in 16 bits."""
+    return x.requires_grad and x.dtype in (torch.bfloat16, torch.float16)
+
+
+class Begun:
+    """A run of `Store` up to its first model call, which shows what autograd keeps of one."""
+
+    def __init__(self, trajectory: Trajectory, z0: Tensor) -> None:
+        self._recording = Recording(trajectory, z0.device)
+        self._trajectory, self._z0 = self._recording.trajectory, z0
+        instructions = trajectory.program.instructions
+        first = trajectory.program.evaluations[0]
+        self._next = instructions.index(first) + 1
+        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._slots = trajectory.given(z0)
+        self._trajectory.execute(self._slots, 0, self._next - 1, z0, self._recording.evaluate)
+        given = [*trajectory.given(z0).values(), *trajectory.cond.tensors]
+        known = [*given, *self._recording.entries, *trajectory.buffers()]
+        self._since = graph.mark()
+        with self._circumstances.captured(first), Saved(known) as saved:
+            self._trajectory.execute(self._slots, self._next - 1, self._next, z0, self._call)
+        self.kept = saved.total  # bytes
+        self._found = graph.reached(
+            self._outputs, self._since, [self._input, *self._recording.entries]
+        )
+        self.plain = not any(map(_narrow, self._found.leaves.values()))
+        tensors = [self._input, *self._outputs]
+        self._graph = saved.beside(tensors) + sum(x.numel() * x.element_size() for x in tensors)
+
+    def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
+        self._input, self._outputs = self._recording.call(evaluation, x, scaled)
+        return self._recording.widened(self._outputs)
+
+    def finished(self) -> Tensor:
+        """The rest of the run."""
+        del self._input, self._outputs
+        count = len(self._trajectory.program.instructions)
+        evaluate = self._recording.evaluate
+        self._trajectory.execute(self._slots, self._next, count, self._z0, evaluate)
+        self._trajectory.observer.finished()
+        return self._slots[self._trajectory.program.output]
+
+    def opening(self) -> Opening:
+        """The first call, for a run that goes on otherwise."""
+        outputs = tuple(x.detach() for x in self._outputs)
+        warned, circumstances = self._recording.warned, self._circumstances
+        return Opening(outputs, self._found, warned, circumstances, self._graph)
+
+
+def _connected(
+    trajectory: Trajectory,
+    z0: Tensor,
+    states: States,
+    room: float,
+    opening: Opening | None = None,
+) -> Tensor:
     """The run by an adjoint that keeps graphs of at most ``room`` bytes."""
-    adjoint = _Keeping(trajectory, states, z0, room)
+    adjoint = _Keeping(trajectory, states, z0, room, opening)
     output: Tensor = Connection.apply(
         adjoint, z0, trajectory.program.coefficients, *adjoint.inputs()
     )
@@ -86,45 +164,72 @@ def _snapshot(trajectory: Trajectory) -> int:
 
 
 class _Keeping(Adjoint):
-    """An adjoint that keeps the graphs of its last calls.
+    """An adjoint that keeps the graphs of its last calls, and the states of the others.
 
     Args:
-        trajectory, states, z0: as for `Adjoint`.
+        trajectory, states, z0, opening: as for `Adjoint`.
         room: bytes that graphs may take.
     """
 
-    def __init__(self, trajectory: Trajectory, states: States, z0: Tensor, room: float) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        states: States,
+        z0: Tensor,
+        room: float,
+        opening: Opening | None,
+    ) -> None:
         self._room = room
         self._from: int | None = None  # the evaluation from which on calls are kept
-        self._calls: dict[Evaluation, Call] = {}
-        super().__init__(trajectory, states, z0)
+        self._calls: dict[Slot, Call] = {}  # by the state
+        if opening is not None:
+            self._from = max(1, self._beyond(trajectory, opening.graph))
+        super().__init__(trajectory, states, z0, opening)
 
-    def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
-        if self._from is None:
-            known = [*self._cond, *self._trajectory.constants.values(), *self._trajectory.buffers()]
-            with Saved([self._z0, x, *known]) as saved:
-                call = super()._first(evaluation, x, scaled)
-            self._from = len(self._index) - self._fitting(call, saved)
-        else:
-            call = super()._first(evaluation, x, scaled)
-        if self._index[evaluation] >= self._from and self._asked():
-            self._calls[evaluation] = call
-        return call
-
-    def _fitting(self, call: Call, saved: Saved) -> int:
-        """How many calls fit, taken to be like this one."""
-        tensors = [call.scaled, *call.outputs]
-        graph = saved.beside(tensors) + sum(x.numel() * x.element_size() for x in tensors)
+    def _beyond(self, trajectory: Trajectory, graph: int) -> int:
+        """The first of the calls that fit, taken to be of ``graph`` bytes."""
         # The gradients that are alive within a backward belong to tensors of the call, so they
         # take about as much as its graph at most.
-        return min(len(self._index), max(0, int(self._room / graph - 1)))
+        count = len(trajectory.program.evaluations)
+        return count - min(count, max(0, int(self._room / graph - 1)))
+
+    def _run(self) -> Tensor:
+        def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
+            call = self._first(evaluation, x, scaled)
+            k = self._index[evaluation.state]
+            if self._from is not None and k >= self._from and self._asked():
+                # Only coefficients that are learned are multiplied by the state.
+                self._calls[evaluation.state] = (
+                    call if self._levels else call._replace(x=call.scaled)
+                )
+            else:
+                self._states.save(k, x)
+            return [output.detach() for output in call.outputs]
+
+        return self._trajectory.forward(self._z0, evaluate)
+
+    def _first(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Call:
+        if self._from is not None:
+            return super()._first(evaluation, x, scaled)
+        known = [*self._cond, *self._trajectory.constants.values(), *self._trajectory.buffers()]
+        with Saved([self._z0, x, *known]) as saved:
+            call = super()._first(evaluation, x, scaled)
+        tensors = [call.scaled, *call.outputs]
+        size = saved.beside(tensors) + sum(x.numel() * x.element_size() for x in tensors)
+        self._from = self._beyond(self._trajectory, size)
+        return call
 
     def _again(self, evaluation: Evaluation) -> Call:
-        call = self._calls.pop(evaluation, None)
-        return super()._again(evaluation) if call is None else call
+        if evaluation.state not in self._calls:
+            return super()._again(evaluation)
+        state = evaluation.state
+        return self._calls[state] if self._retains else self._calls.pop(state)
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        # A second backward, with retain_graph=True in the first, finds the calls where they were.
+        self._retains = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
             return super().backward(lam, kept, wants_z0)
         finally:
-            self._calls.clear()
+            if not self._retains:
+                self._calls.clear()

@@ -70,7 +70,7 @@ class Leapfrog:
         """The program as leaps, or None where it is none."""
         if program.by_sample:
             return None
-        numbers: list[float] = program.coefficients.tolist()
+        numbers = program.floats
         stages, evaluations = program.stages, program.evaluations
         if len(stages) != len(evaluations) + 1 or not evaluations:
             return None
@@ -96,7 +96,7 @@ class Leapfrog:
         self, program: Program, amplitude: float, reach: float, dtype: torch.dtype
     ) -> FixedPoint:
         """Integers for states of ``dtype``: samples up to ``amplitude``, noise up to ``reach``."""
-        numbers: list[float] = program.coefficients.tolist()
+        numbers = program.floats
         levels = [numbers[evaluation.sigma] for evaluation in program.evaluations]
         levels = [*levels, levels[-1]][: len(self.leaps)]
         # At an infinite level the state is divided by it.

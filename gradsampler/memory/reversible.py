@@ -98,11 +98,10 @@ def _largest(x: Tensor) -> float:
 
 def _plain(trajectory: Trajectory) -> Evaluate:
     """Evaluates the model for a run that is not differentiated."""
-    numbers: list[float] = trajectory.program.coefficients.tolist()
     cond = trajectory.cond.filled(trajectory.cond.tensors)
 
     def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-        scaled, level = trajectory.model_input(evaluation, x, scaled, numbers)
+        scaled, level = trajectory.model_input(evaluation, x, scaled)
         return trajectory.call(evaluation, scaled, level, cond)
 
     return evaluate
@@ -115,7 +114,7 @@ class Pair:
         self._trajectory = trajectory
         self._leaps, self._rest = scheme.leaps, scheme.rest
         self._evaluations = trajectory.program.evaluations
-        self._numbers: list[float] = trajectory.program.coefficients.tolist()
+        self._numbers = trajectory.program.floats
         self.unit = unit
         self._older = self._newer = self._overflow = torch.empty(0)
         self._newest = -1  # the position of the newer state
@@ -138,7 +137,7 @@ class Pair:
             output, _ = self._advance(slots, z0)
         else:
             terms, injections = self._rest.terms, self._rest.injections
-            output = self._trajectory.combine(terms, slots, self._numbers, injections, z0)
+            output = self._trajectory.combine(terms, slots, injections, z0)
         trajectory.observer.finished()
         if self._overflow.item():
             self._refuse()
@@ -258,7 +257,7 @@ class _Reversing(Adjoint):
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more, and undoes what followed from its outputs."""
-        j = self._index[evaluation]
+        j = self._index[evaluation.state]
         x, scaled = self._pair.state(j)
         call = self._repeated(evaluation, x, scaled)
         if evaluation is self._evaluations[-1] and bool(_digest(call.outputs) != self._digest):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, Opening
 from gradsampler.engine.program import Evaluation, Program, Slot
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory import multistage
@@ -74,10 +74,10 @@ class Revolve(Memory):
         check_target("Revolve: to", self.to)
         multistage.package()
 
-    def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+    def run(self, trajectory: Trajectory, z0: Tensor, opening: Opening | None = None) -> Tensor:
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
-        adjoint = _Revolving(trajectory, self, z0)
+        adjoint = _Revolving(trajectory, self, z0, opening)
         return Connection.apply(adjoint, z0, trajectory.program.coefficients, *adjoint.inputs())
 
     def place(self, program: Program, device: torch.device) -> Place | None:
@@ -105,7 +105,9 @@ def _width(program: Program) -> int:
 class _Revolving(Adjoint):
     """A run that follows a schedule, and goes on with it when backward asks for its calls."""
 
-    def __init__(self, trajectory: Trajectory, memory: Revolve, z0: Tensor) -> None:
+    def __init__(
+        self, trajectory: Trajectory, memory: Revolve, z0: Tensor, opening: Opening | None
+    ) -> None:
         self._memory = memory
         self._place: Place | None = None  # of the further slots
         self._snapshots: dict[int, Snapshot] = {}  # by evaluation, in increasing order
@@ -117,7 +119,7 @@ class _Revolving(Adjoint):
         self._starts.append(len(instructions))
         self._silent = trajectory.unobserved()
         self._schedule: Iterator[Advance | Tape | Restore] | None = None
-        super().__init__(trajectory, Resident(), z0)  # which stays empty
+        super().__init__(trajectory, Resident(), z0, opening)  # which stays empty
 
     def _run(self) -> Tensor:
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
@@ -130,16 +132,14 @@ class _Revolving(Adjoint):
         if self._place is not None:
             self._place.settle()
         work, self._work = self._work, {}
-        self._trajectory.execute(
-            work, self._starts[-2], self._starts[-1], self._z0, self._numbers, evaluate
-        )
+        self._trajectory.execute(work, self._starts[-2], self._starts[-1], self._z0, evaluate)
         self._trajectory.observer.finished()
         return work[self._trajectory.program.output]
 
     def _sweep(self, trajectory: Trajectory, evaluate: Evaluate) -> None:
         """Starts a schedule and follows it to the last evaluation."""
         self._work = trajectory.given(self._z0)
-        trajectory.execute(self._work, 0, self._starts[0], self._z0, self._numbers, evaluate)
+        trajectory.execute(self._work, 0, self._starts[0], self._z0, evaluate)
         memory, count = self._memory, len(self._evaluations)
         self._place = memory.place(self._trajectory.program, self._z0.device)
         self._schedule = multistage.schedule(count, memory.slots, memory.further)
@@ -155,7 +155,7 @@ class _Revolving(Adjoint):
             given = trajectory.given(self._z0).keys()
             self._snapshots[action.start] = Snapshot(self._work, given, place)
         start, stop = self._starts[action.start], self._starts[action.stop]
-        trajectory.execute(self._work, start, stop, self._z0, self._numbers, evaluate)
+        trajectory.execute(self._work, start, stop, self._z0, evaluate)
 
     def _tape(self, evaluation: Evaluation) -> None:
         """The call of the evaluation that has been reached, with its graph."""

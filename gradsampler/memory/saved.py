@@ -28,6 +28,11 @@ class Saved(AbstractContextManager["Saved"]):
     def __exit__(self, *error: object) -> None:
         self._hooks.__exit__(*error)
 
+    @property
+    def total(self) -> int:
+        """Bytes that were saved."""
+        return sum(self._sizes.values())
+
     def beside(self, tensors: Sequence[Tensor]) -> int:
         """Bytes that were saved, without those of ``tensors``."""
         others = {address(x) for x in tensors}

@@ -2,7 +2,7 @@
 """Keep everything."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsampler import transforms
 from gradsampler.engine import graph
-from gradsampler.engine.program import Evaluation, Numbers
+from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.ops.recorded import differentiable
@@ -28,38 +28,69 @@ class Store(Memory):
     transformable: ClassVar[bool] = True
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
+        recording = Recording(trajectory, z0.device)
+        return recording.trajectory.forward(z0, recording.evaluate)
+
+
+class Recording:
+    """The model calls of a run that autograd records, if it records at all.
+
+    Args:
+        trajectory: the run.
+        device: of the run.
+    """
+
+    def __init__(self, trajectory: Trajectory, device: torch.device) -> None:
         coefficients = trajectory.program.coefficients
-        learned = coefficients.requires_grad and torch.is_grad_enabled()
-        learned = learned or (transforms.active() and transforms.followed(coefficients))
-        fixed = trajectory.program.numbers(z0.device)
-        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else fixed
-        warned = False
-        cond = [_summed_wide(x) for x in trajectory.cond.tensors]
-
-        def arrived(evaluation: Evaluation, g: Tensor) -> None:
-            trajectory.observer.finite(evaluation, g, "the gradient")
-            if evaluation is trajectory.program.evaluations[0]:
-                trajectory.observer.settle()
-
-        def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-            nonlocal warned
-            if x.requires_grad:
-                x.register_hook(lambda g: arrived(evaluation, g))
-            model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
-            asked = model_input.requires_grad and not warned
-            since = graph.mark() if asked else 0
-            filled = trajectory.cond.filled([use() for use in cond])
-            outputs = trajectory.call(evaluation, model_input, level, filled)
-            if asked and not graph.reaches(outputs, model_input, since):
-                warned = True
-                warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
-            # A later step may look back at an output: the cotangents are added up before they are
-            # rounded to its dtype.
-            return [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
-
+        follows = transforms.active() and transforms.followed(coefficients)
         if torch.is_grad_enabled() or transforms.active():
+            if follows or (coefficients.requires_grad and torch.is_grad_enabled()):
+                trajectory = replace(trajectory, learned=coefficients.to(device).unbind())
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
-        return trajectory.forward(z0, numbers, evaluate)
+        self.trajectory = trajectory
+        self.warned = False
+        self._checks = trajectory.observer.checks
+        self._cond = [_Shared(x) for x in trajectory.cond.tensors]
+
+    @property
+    def entries(self) -> list[Tensor]:
+        """Tensors through which all ways from a call to the conditioning lead."""
+        return [x.entry for x in self._cond]
+
+    def evaluate(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
+        """The model's outputs, in the state's dtype at least."""
+        return self.widened(self.call(evaluation, x, scaled)[1])
+
+    def call(
+        self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The model's input and outputs."""
+        trajectory = self.trajectory
+        if self._checks and x.requires_grad:
+            x.register_hook(lambda g: self._arrived(evaluation, g))
+        model_input, level = trajectory.model_input(evaluation, x, scaled)
+        asked = model_input.requires_grad and not self.warned
+        since = graph.mark() if asked else 0
+        cond = trajectory.cond.filled([x.use() for x in self._cond])
+        outputs = trajectory.call(evaluation, model_input, level, cond)
+        if asked and not graph.reaches(outputs, model_input, since):
+            self.warned = True
+            warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
+        return model_input, outputs
+
+    def widened(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs as later steps look back at them: so their cotangents are added up before
+        they are rounded to the model's dtype.
+        """
+        state = self.trajectory.state_dtype
+        return [
+            d if d.dtype == state else d.to(torch.promote_types(d.dtype, state)) for d in outputs
+        ]
+
+    def _arrived(self, evaluation: Evaluation, g: Tensor) -> None:
+        self.trajectory.observer.finite(evaluation, g, "the gradient")
+        if evaluation is self.trajectory.program.evaluations[0]:
+            self.trajectory.observer.settle()
 
 
 class _Use(torch.autograd.Function):
@@ -75,12 +106,24 @@ class _Use(torch.autograd.Function):
         return g.to(ctx.dtype), None
 
 
-def _summed_wide(x: Tensor) -> Callable[[], Tensor]:
-    """Gives a tensor of 16 bits for each of its uses, whose cotangents are added up in float32."""
-    if not (x.requires_grad and torch.is_grad_enabled()) or transforms.active():
-        return lambda: x
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if wide == x.dtype:
-        return lambda: x
-    copy = x.to(wide)
-    return lambda: _Use.apply(copy, x.detach())
+class _Shared:
+    """A tensor that all model calls use.
+
+    One of 16 bits that requires grad is given anew to each, so that its cotangents are added up in
+    float32. `entry` is what the way from a call to the tensor leads through.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = self.entry = x
+        self._narrow = False
+        if x.requires_grad and torch.is_grad_enabled() and not transforms.active():
+            wide = torch.promote_types(x.dtype, torch.float32)
+            self._narrow = wide != x.dtype
+            self.entry = x.to(wide) if self._narrow else x.view_as(x)
+
+    def use(self) -> Tensor:
+        """The tensor for one call."""
+        if not self._narrow:
+            return self.entry
+        used: Tensor = _Use.apply(self.entry, self._x.detach())
+        return used

@@ -65,7 +65,7 @@ class Truncated(Memory):
         slots = _head(trajectory, z0, cut - 1 if live else cut)
         slots |= _early(trajectory, z0, cut - 1 if live else cut, first)
         tail, names = _tail(program, cut, slots, live=live)
-        if z0.requires_grad and not tail.injections and Z0 not in tail.readers():
+        if z0.requires_grad and not tail.injections and Z0 not in tail.readers:
             warnings.warn(
                 f"memory=Truncated: the gradient to z0 is zero, since the last {self.steps} steps "
                 "inject no noise; take an exact memory, or noise",
@@ -87,18 +87,17 @@ def _head(trajectory: Trajectory, z0: Tensor, stop: int) -> dict[Slot, Tensor]:
 
     Grad mode is on in each model call, as with every other strategy, and its graph is dropped.
     """
-    numbers = trajectory.program.numbers(z0.device)
     tensors = [x.detach() for x in trajectory.cond.tensors]
 
     def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-        scaled, level = trajectory.model_input(evaluation, x, scaled, numbers)
+        scaled, level = trajectory.model_input(evaluation, x, scaled)
         with torch.enable_grad():
             outputs = trajectory.call(evaluation, scaled, level, trajectory.cond.filled(tensors))
         return [output.detach() for output in outputs]
 
     with torch.no_grad():
         slots = {slot: x.detach() for slot, x in trajectory.given(z0).items()}
-        trajectory.execute(slots, 0, stop, z0.detach(), numbers, evaluate)
+        trajectory.execute(slots, 0, stop, z0.detach(), evaluate)
     return slots
 
 

@@ -5,15 +5,17 @@ A backend has the functions of `gradsampler.ops.reference`, with the same argume
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.contract import Draw
 from gradsampler.ops import reference
 
 __all__ = ["Backend", "available", "choose"]
@@ -32,13 +34,55 @@ class Backend:
     ancestral_step_bwd: Callable[..., Any]
     flow_pair_fwd: Callable[..., Any]
     flow_pair_bwd: Callable[..., Any]
+    torch_up_to: int = 0  # elements of a `step` that torch's own operations take
 
     @classmethod
     def of(cls, name: str, *modules: ModuleType) -> "Backend":
         """Collects the functions from the modules that hold them."""
         found = {k: v for module in modules for k, v in vars(module).items()}
-        return cls(name, *(found[field] for field in list(cls.__dataclass_fields__)[1:]))
+        return cls(name, *(found[field] for field in list(cls.__dataclass_fields__)[1:-1]))
 
+    def step(
+        self,
+        terms: Sequence[Tensor],
+        coefs: Sequence[Any],
+        z0: Tensor | None = None,
+        draw: Draw | None = None,
+        noise_coef: Any = 0.0,
+        *,
+        out_dtype: torch.dtype,
+        model_scale: float | None = None,
+        model_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`step_fwd` as a run needs it: the state, and the model's input where it is asked for.
+
+        Of few elements and without noise by torch's own operations, in which autograd records it
+        as well: they start in less time than a kernel. Which it is depends on the terms alone, so
+        that the state is the same to the bit whoever asks.
+        """
+        if draw is None and self._few(terms, coefs, out_dtype):
+            x = terms[0] * coefs[0]
+            for k in range(1, len(terms)):
+                x.add_(terms[k], alpha=coefs[k])
+            return x, None if model_scale is None else (model_scale * x).to(model_dtype or x.dtype)
+        if model_scale is None:
+            return self.step_fwd(terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype), None
+        both: tuple[Tensor, Tensor] = self.step_fwd(
+            terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype, model_scale=model_scale,
+            model_dtype=model_dtype,
+        )  # fmt: skip
+        return both
+
+    def _few(self, terms: Sequence[Tensor], coefs: Sequence[Any], out_dtype: torch.dtype) -> bool:
+        if not terms or terms[0].numel() > self.torch_up_to or type(coefs[0]) is not float:
+            return False
+        for x in terms:
+            if x.dtype != out_dtype or not x.is_contiguous():
+                return False
+        return out_dtype in (torch.float32, torch.float64)
+
+
+_FEW = 2**14  # from there on the time of either way is that of the elements
 
 REFERENCE = Backend.of("reference", reference)
 
@@ -68,8 +112,10 @@ def choose(name: str | None, device: torch.device) -> Backend:
         ValueError: for an unknown name, an absent backend, or one that cannot serve the device.
     """
     if name is None:
-        preferred = ("triton", "cuda") if device.type == "cuda" else (device.type,)
-        found = (_FINDERS[each]()[0] for each in preferred if each in _FINDERS)
+        if device.type == "cpu":
+            return _default_cpu()
+        preferred = ("triton", "cuda") if device.type == "cuda" else ()
+        found = (_FINDERS[each]()[0] for each in preferred)
         return next((backend for backend in found if backend is not None), REFERENCE)
     backend, facts = _FINDERS[_checks.choice("backend", name, _FINDERS)]()
     if backend is None:
@@ -98,6 +144,12 @@ def _cpu() -> tuple[Backend | None, str]:
         return None, reason
     facts = native.facts()
     return Backend.of("cpu", native), f"{facts['compiler']}, {facts['isa']}"
+
+
+@cache
+def _default_cpu() -> Backend:
+    backend = _cpu()[0]
+    return REFERENCE if backend is None else replace(backend, torch_up_to=_FEW)
 
 
 @cache

@@ -30,7 +30,7 @@ from gradsampler.contract import (
 from gradsampler.ops import reference
 from gradsampler.ops.reference import Numbers
 
-_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # no set: hashing is slow
 _module: Any = None
 _raw = torch.ops.gradsampler_native
 
@@ -322,14 +322,17 @@ def _serves(
     """Whether the extension knows this case."""
     if isinstance(amount, Tensor) and amount.ndim:
         return False
-    known = {x.dtype for x in tensors}
-    known.update(d for d in dtypes if d is not None)
-    return 0 < len(tensors) <= MAX_TERMS and known <= _DTYPES
+    if not 0 < len(tensors) <= MAX_TERMS:
+        return False
+    for x in tensors:
+        if x.dtype not in _DTYPES:
+            return False
+    return all(dtype is None or dtype in _DTYPES for dtype in dtypes)
 
 
 def _new(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty contiguous tensor."""
-    return torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _sums(g: Tensor, *shape: int) -> Tensor:

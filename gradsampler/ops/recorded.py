@@ -8,7 +8,7 @@ costs more than the arithmetic of a small state.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,57 +18,67 @@ from gradsampler.contract import GIVEN, OFF, Draw
 from gradsampler.ops import backends, library, reference
 
 
+class Numbers(NamedTuple):
+    """What a step is made of beside tensors. One argument: autograd looks at each of them."""
+
+    backend: backends.Backend
+    factors: Sequence[float]
+    draw: Draw | None
+    amount: float
+    out_dtype: torch.dtype
+
+
 class Step(torch.autograd.Function):
     """``sum_k c_k x_k + s n(z0)`` by a backend."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: backends.Backend,
-        factors: Sequence[float],
-        draw: Draw | None,
-        amount: float,
-        out_dtype: torch.dtype,
-        z0: Tensor | None,
-        given: Tensor | None,
-        *terms: Tensor,
+        ctx: Any, numbers: Numbers, z0: Tensor | None, given: Tensor | None, *terms: Tensor
     ) -> Tensor:
         """The state; ``given`` is the tensor of a `Draw`, which is an input of its own."""
-        ctx.backend, ctx.factors, ctx.amount = backend, factors, amount
-        ctx.draw = None if draw is None else draw._replace(given=None)  # autograd keeps that
+        backend, factors, draw, amount, out_dtype = numbers
         ctx.dtypes = [x.dtype for x in terms]
-        ctx.save_for_backward(z0, given)
+        if draw is None:
+            ctx.numbers = numbers
+        else:  # autograd keeps the tensor
+            ctx.numbers = numbers._replace(draw=draw._replace(given=None))
+            ctx.save_for_backward(z0, given)
         result: Tensor = backend.step_fwd(terms, factors, z0, draw, amount, out_dtype=out_dtype)
         return result
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """The same numbers times the cotangent, and its share of the noise."""
-        _, _, _, _, _, needs_z0, needs_given, *needs = ctx.needs_input_grad
-        found = zip(ctx.factors, ctx.dtypes, needs, strict=True)
-        dterms = [(g * c).to(dtype) if needed else None for c, dtype, needed in found]
+        _, needs_z0, needs_given, *needs = ctx.needs_input_grad
+        _, factors, draw, amount, _ = ctx.numbers
+        dterms: list[Tensor | None] = []
+        for c, dtype, needed in zip(factors, ctx.dtypes, needs, strict=True):
+            dx = g * c if needed else None
+            dterms.append(dx if dx is None or dx.dtype == dtype else dx.to(dtype))
         dz0 = dgiven = None
         if needs_given:
             _, given = ctx.saved_tensors
-            dgiven = (g * (ctx.amount * ctx.draw.weight)).to(given.dtype)
+            dgiven = (g * (amount * draw.weight)).to(given.dtype)
         if needs_z0:
             z0, _ = ctx.saved_tensors
-            dz0 = _absorbed(ctx, g, z0)
-        return None, None, None, None, None, dz0, dgiven, *dterms
+            dz0 = _absorbed(ctx.numbers, g, z0)
+        return None, dz0, dgiven, *dterms
 
 
-def _absorbed(ctx: Any, g: Tensor, z0: Tensor) -> Tensor:
+def _absorbed(numbers: Numbers, g: Tensor, z0: Tensor) -> Tensor:
     """The cotangent of z0; by plain torch where that is differentiated again or batched."""
+    backend, _, draw, amount, _ = numbers
+    assert draw is not None
     if torch.is_grad_enabled() or transforms.active(g):
         compute = torch.promote_types(g.dtype, z0.dtype)
         wide = torch.promote_types(compute, torch.float32)
         with torch.enable_grad():
-            n = reference.drawn(ctx.draw, z0, g, wide)
+            n = reference.drawn(draw, z0, g, wide)
         again = torch.is_grad_enabled()
-        (dz0,) = torch.autograd.grad(n, z0, (g * ctx.amount).to(wide), create_graph=again)
+        (dz0,) = torch.autograd.grad(n, z0, (g * amount).to(wide), create_graph=again)
         return dz0
     dz0 = torch.zeros_like(z0)
-    ctx.backend.step_bwd(g, [], [], z0, ctx.draw, ctx.amount, dz0=dz0, needs_terms=[])
+    backend.step_bwd(g, [], [], z0, draw, amount, dz0=dz0, needs_terms=[])
     return dz0
 
 
@@ -94,9 +104,9 @@ def differentiable(backend: backends.Backend) -> backends.Backend:
             return _learned(backend, terms, coefs, z0, draw, noise_coef, out_dtype)
         reads_z0 = draw is not None and draw.kind not in (OFF, GIVEN)
         given = None if draw is None else draw.given
-        result: Tensor = Step.apply(
-            backend, coefs, draw, noise_coef, out_dtype, z0 if reads_z0 else None, given, *terms
-        )
+        factors = cast(Sequence[float], coefs)
+        numbers = Numbers(backend, factors, draw, noise_coef, out_dtype)
+        result: Tensor = Step.apply(numbers, z0 if reads_z0 else None, given, *terms)
         return result
 
     return replace(backend, step_fwd=step_fwd)

@@ -79,7 +79,7 @@ class _Probe(Adjoint):
         first, evaluation = evaluations[0], max(evaluations, key=lambda each: len(each.writes))
         start = trajectory.program.instructions.index(first)
         slots = trajectory.given(self._z0)
-        trajectory.execute(slots, 0, start, self._z0, self._numbers, _never)
+        trajectory.execute(slots, 0, start, self._z0, _never)
         x = slots[first.state]
         given = trajectory.given(self._z0).values()
         known = [*given, *self._cond, *trajectory.buffers()]
