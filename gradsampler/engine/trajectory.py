@@ -137,9 +137,9 @@ class Trajectory:
         """A state, and from the same launch the model's input if that differs from it."""
         tensors = [slots[slot] for slot in launch.reads]
         scale = launch.c_in
-        if self.program.by_sample:
+        if not isinstance(scale, float):  # None, learned, or of each sample
             scale = None
-        if scale is not None:
+        else:
             same = scale == 1.0 and self.model_dtype == self.state_dtype
             if same or not self._exact(tensors):
                 scale = None
