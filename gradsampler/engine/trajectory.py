@@ -136,13 +136,10 @@ class Trajectory:
     ) -> tuple[Tensor, Tensor | None]:
         """A state, and from the same launch the model's input if that differs from it."""
         tensors = [slots[slot] for slot in launch.reads]
-        scale = launch.c_in
-        if not isinstance(scale, float):  # None, learned, or of each sample
+        scale = launch.c_in if isinstance(launch.c_in, float) else None  # not a tensor's
+        same = scale == 1.0 and self.model_dtype == self.state_dtype
+        if same or not self._exact(tensors):
             scale = None
-        else:
-            same = scale == 1.0 and self.model_dtype == self.state_dtype
-            if same or not self._exact(tensors):
-                scale = None
         operands = self.operands(tensors, launch.factors, launch.injections, launch.amounts, z0)
         return self.backend.step(
             *operands,
