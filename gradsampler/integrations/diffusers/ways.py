@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gradsampler import _checks
 from gradsampler.engine import parts
@@ -122,6 +123,8 @@ class Pipeline:
         if noise is not None and not isinstance(noise, NoiseSource):
             _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
         arguments = _bound(self._pipe, args, kwargs)
+        if torch.is_grad_enabled():
+            _check_weights(self._pipe)
         session = Session(self._pipe, arguments, levels, decode)
         try:
             return self._run(session, arguments, noise)
@@ -210,6 +213,19 @@ def _bound(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     if len(args) > len(names):
         raise TypeError(f"{type(pipe).__name__} takes {len(names)} arguments, got {len(args)}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_weights(pipe: Any) -> None:
+    """Refuses weights that are cast only while forward runs: backward would read others."""
+    for name, part in vars(pipe).items():
+        for p in part.parameters() if isinstance(part, nn.Module) else ():
+            if p.dtype.is_floating_point and p.dtype.itemsize == 1:
+                _checks.fail(
+                    f"pipe: the weights of its {name}",
+                    "be there in the dtype of the computation when backward reads them",
+                    f"some of {p.dtype}, as after enable_layerwise_casting",
+                    "cast them, or quantise by torchao or bitsandbytes, whose layers differentiate",
+                )
 
 
 def _random(pipe: Any, arguments: Mapping[str, Any]) -> RandomState:
