@@ -135,6 +135,66 @@ def test_weights_that_backward_could_not_read_are_named():
         assert run(**CASES["sd15"].arguments()).isfinite().all()
 
 
+@pytest.fixture
+def away(monkeypatch):
+    """Offloading by accelerate's hooks with NaN in the place of what is on another device."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    weights: dict[int, torch.Tensor] = {}
+
+    def offload(module):
+        for p in module.parameters():
+            weights.setdefault(id(p), p.data)
+            p.data = torch.full_like(p, torch.nan)
+        return module
+
+    def onload(self, module, *args, **kwargs):
+        if self.prev_module_hook is not None:
+            self.prev_module_hook.offload()
+        for p in module.parameters():
+            p.data = weights[id(p)]
+        return args, kwargs
+
+    monkeypatch.setattr(hooks.CpuOffload, "init_hook", lambda self, module: offload(module))
+    monkeypatch.setattr(hooks.CpuOffload, "pre_forward", onload)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("memory", ["auto", "checkpoint"])
+@pytest.mark.parametrize("name", ["sd15", "wan"])
+def test_backward_finds_weights_that_were_offloaded(away, name, method, memory):
+    """Two denoisers that take turns, and a decoder that sends the denoiser away."""
+    case = CASES[name]
+    arguments = case.arguments() | ({"output_type": "pt"} if name == "sd15" else {})
+    found = []
+    for offloaded in (False, True):
+        pipe = case.build()
+        for part in (pipe.vae, *(getattr(pipe, k, None) for k in ("unet", "transformer"))):
+            if part is not None:
+                part.requires_grad_(False)
+        if name == "wan":
+            pipe.transformer_2.requires_grad_(False)
+        if offloaded:
+            pipe.enable_model_cpu_offload(device="cpu")
+            assert denoiser(pipe).state_dict().popitem()[1].isnan().all()
+        x = gsd.pipeline(pipe, memory if offloaded else "store", method)(**arguments)
+        found.append((x, *torch.autograd.grad(x.square().sum(), arguments["latents"])))
+        arguments = again(case, arguments)
+    for ours, theirs in zip(*found, strict=True):
+        assert apart(theirs, ours) < 1e-6
+
+
+def again(case, arguments):
+    return arguments | {"generator": case.arguments()["generator"]}
+
+
+def test_strategies_that_keep_weights_are_refused_under_offloading(away):
+    pipe = CASES["sd15"].build()
+    pipe.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r'memory must be "auto".*under enable_model_cpu_offload'):
+        gsd.pipeline(pipe, "store")(**CASES["sd15"].arguments())
+
+
 # ------------------------------------------------------------------ precision
 
 

@@ -17,7 +17,7 @@ from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
 from gradsampler.integrations.diffusers.session import Session
 from gradsampler.integrations.diffusers.table import Table, read
-from gradsampler.memory import Memory, resolve
+from gradsampler.memory import Auto, Checkpoint, Memory, Offload, resolve
 from gradsampler.noise.sources import NoiseSource
 
 __all__ = ["Explanation", "Pipeline", "explain", "pipeline"]
@@ -147,7 +147,23 @@ class Pipeline:
         else:
             self.explanation = Explanation("calls")
         again = session.anew()
-        return again.result(calls.run(again, self._memory, noise))
+        return again.result(calls.run(again, self._strategy(session), noise))
+
+    def _strategy(self, session: Session) -> str | Memory:
+        """What is kept; no model call's graph where the weights will be elsewhere in backward."""
+        if not (session.offloaded and torch.is_grad_enabled()):
+            return self._memory
+        strategy = resolve(self._memory)
+        if isinstance(strategy, Auto):
+            return Checkpoint()
+        if not isinstance(strategy, Checkpoint | Offload):
+            _checks.fail(
+                "memory",
+                'be "auto", "checkpoint" or "offload" under enable_model_cpu_offload',
+                repr(self._memory),
+                "a call that is not made again would find its weights on another device",
+            )
+        return strategy
 
     def _turns(
         self, session: Session, prepared: _Prepared, way: str, noise: NoiseSource | None
@@ -160,12 +176,22 @@ class Pipeline:
         if way == "program":
             assert prepared.table is not None
             names, x = program.run(
-                session, loop, rehearsal, prepared.table, memory=self._memory, noise=noise
+                session,
+                loop,
+                rehearsal,
+                prepared.table,
+                memory=self._strategy(session),
+                noise=noise,
             )
         else:
             assert prepared.carried is not None
             names, x = steps.run(
-                session, loop, rehearsal, prepared.carried, memory=self._memory, noise=noise
+                session,
+                loop,
+                rehearsal,
+                prepared.carried,
+                memory=self._strategy(session),
+                noise=noise,
             )
         if x is not None and not session.wants_tail:
             return x
