@@ -9,7 +9,9 @@ import warnings
 import pytest
 import torch
 
+import gradsampler as gs
 import gradsampler.integrations.diffusers as gsd
+from gradsampler.memory import capacity
 from support.pipelines import CASES, apart, diffusers, leaves, own, quiet, stable_diffusion
 from support.tiers import few
 from support.ways import EMBEDDED, WAYS, farthest, gradients
@@ -261,6 +263,56 @@ def test_autocast_holds_in_backward(method):
     limit = 0.05 if method == "program" else 0.02  # bfloat16 has steps of 0.008
     assert apart(x, sample) < limit
     assert farthest(found, wanted) < limit
+
+
+# ------------------------------------------------------------------ room
+
+
+@pytest.mark.parametrize("method", few(WAYS, "program"))
+def test_auto_leaves_room_for_the_decoder(method, monkeypatch):
+    """Fewer calls are kept where images are asked for."""
+    case = CASES["sd15"]
+    pipe = case.build()
+    denoiser(pipe).requires_grad_(False)
+    pipe.vae.requires_grad_(False)
+    calls = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+
+    def made_again(**more):
+        calls.clear()
+        x = gsd.pipeline(pipe, "auto", method)(**case.arguments(), **more)
+        before = len(calls)
+        x.square().sum().backward()
+        return len(calls) - before
+
+    room = 2**26
+    for step in (2**k for k in range(25, 14, -1)):
+        room -= step if at(room - step, made_again) == 0 else 0
+    monkeypatch.setattr(capacity, "free", lambda device: room)
+    assert made_again() == 0
+    assert made_again(output_type="pt") > 0
+
+
+def at(free, made_again):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capacity, "free", lambda device: free)
+        return made_again()
+
+
+def test_room_for_a_loss_is_measured_on_the_latents():
+    case, seen = CASES["sd15"], []
+    pipe = case.build()
+
+    def loss(latents):
+        seen.append(latents.shape)
+        return latents.square().sum()
+
+    run = gsd.pipeline(pipe, gs.memory.Auto(after=loss), "steps")
+    for _ in range(2):
+        assert run(**case.arguments()).requires_grad
+    assert seen == [(1, 4, 8, 8)]
+    with pytest.raises(ValueError, match="Auto: after must be bytes where the pipeline runs"):
+        gsd.pipeline(pipe, gs.memory.Auto(after=loss), "calls")(**case.arguments())
 
 
 # ------------------------------------------------------------------ what is trained

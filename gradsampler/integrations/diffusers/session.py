@@ -165,6 +165,12 @@ class Session:
         self.pipe.__dict__["scheduler"] = scheduler
 
     @property
+    def decodes(self) -> Any:
+        """The autoencoder that ends the call, or None where it ends with latents."""
+        latent = self.arguments.get("output_type", "latent") == "latent"
+        return None if latent else getattr(self._original, "vae", None)
+
+    @property
     def offloaded(self) -> bool:
         """Whether models come to the device for their call alone (enable_model_cpu_offload).
 

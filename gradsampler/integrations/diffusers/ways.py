@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from gradsampler import _checks
 from gradsampler.engine import parts
 from gradsampler.engine.randomness import RandomState
-from gradsampler.integrations.diffusers import calls, program, steps
+from gradsampler.integrations.diffusers import calls, decoding, program, steps
 from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
 from gradsampler.integrations.diffusers.session import Session
 from gradsampler.integrations.diffusers.table import Table, read
 from gradsampler.memory import Auto, Checkpoint, Memory, Offload, resolve
+from gradsampler.memory.planning import following
 from gradsampler.noise.sources import NoiseSource
 
 __all__ = ["Explanation", "Pipeline", "explain", "pipeline"]
@@ -45,7 +46,8 @@ def pipeline(pipe: Any, memory: str | Memory = "auto", method: str = "auto") -> 
     Args:
         pipe: a `diffusers.DiffusionPipeline`, which stays as it is.
         memory: what is kept for backward: a name of `gradsampler.memory.names()` or an object. With
-            "calls" it is "auto", "checkpoint" or "store".
+            "calls" it is "auto", "checkpoint" or "store". "auto" leaves room for the decoder where
+            images are asked for, and `memory.Auto(after=loss)` for that loss of the latents.
         method: "program" runs the scheduler's table of coefficients around the models, with every
             memory strategy, any `noise` and gradients to ``levels``; its sample is the pipeline's
             to rounding. "steps" runs the turns of the pipeline's loop one by one, with every
@@ -98,6 +100,7 @@ class Pipeline:
     def __init__(self, pipe: Any, memory: str | Memory, method: str) -> None:
         self._pipe, self._memory, self._method = pipe, memory, method
         self.explanation: Explanation | None = None  # of the latest call
+        self._following: dict[object, int] = {}  # bytes of what follows the run, by its state
 
     def __call__(
         self,
@@ -149,21 +152,34 @@ class Pipeline:
         again = session.anew()
         return again.result(calls.run(again, self._strategy(session), noise))
 
-    def _strategy(self, session: Session) -> str | Memory:
-        """What is kept; no model call's graph where the weights will be elsewhere in backward."""
-        if not (session.offloaded and torch.is_grad_enabled()):
-            return self._memory
+    def _strategy(self, session: Session, rehearsal: Rehearsal | None = None) -> str | Memory:
+        """What is kept: no model call's graph where the weights will be elsewhere in backward, and
+        with room for what follows the loop.
+        """
         strategy = resolve(self._memory)
-        if isinstance(strategy, Auto):
-            return Checkpoint()
-        if not isinstance(strategy, Checkpoint | Offload):
-            _checks.fail(
-                "memory",
-                'be "auto", "checkpoint" or "offload" under enable_model_cpu_offload',
-                repr(self._memory),
-                "a call that is not made again would find its weights on another device",
-            )
-        return strategy
+        if not torch.is_grad_enabled():
+            return self._memory
+        if session.offloaded:
+            if isinstance(strategy, Auto):
+                return Checkpoint()
+            if not isinstance(strategy, Checkpoint | Offload):
+                _checks.fail(
+                    "memory",
+                    'be "auto", "checkpoint" or "offload" under enable_model_cpu_offload',
+                    repr(self._memory),
+                    "a call that is not made again would find its weights on another device",
+                )
+        x = None if rehearsal is None else rehearsal.first
+        if x is None or not isinstance(strategy, Auto):
+            return self._memory
+        if strategy.after is None and session.decodes is not None:
+            return Auto(decoding.reserve(session.decodes, x.numel(), x))
+        if callable(strategy.after):
+            key = x.shape, x.dtype, x.device
+            if key not in self._following:
+                self._following[key] = following.measured(strategy.after, x).peak
+            return Auto(self._following[key])
+        return self._memory
 
     def _turns(
         self, session: Session, prepared: _Prepared, way: str, noise: NoiseSource | None
@@ -171,6 +187,7 @@ class Pipeline:
         loop, rehearsal = prepared.loop, prepared.rehearsal
         assert loop is not None
         assert rehearsal is not None
+        memory = self._strategy(session, rehearsal)
         names: dict[str, Any]
         x: Tensor | None
         if way == "program":
@@ -180,7 +197,7 @@ class Pipeline:
                 loop,
                 rehearsal,
                 prepared.table,
-                memory=self._strategy(session),
+                memory=memory,
                 noise=noise,
             )
         else:
@@ -190,7 +207,7 @@ class Pipeline:
                 loop,
                 rehearsal,
                 prepared.carried,
-                memory=self._strategy(session),
+                memory=memory,
                 noise=noise,
             )
         if x is not None and not session.wants_tail:
