@@ -22,6 +22,7 @@ from gradsampler.memory.planning.gauge import Live
 STEPS = 10
 SIZES = (128, 256, 512)
 DECODED = (128, 256, 512, 1024)
+TILE = 128  # pixels of a side, in the last part
 Rows = list[dict[str, str]]
 
 
@@ -62,7 +63,7 @@ def pipeline(small: bool) -> Any:
         vae=vae(8 if small else 32),
         text_encoder=None,
         tokenizer=None,
-        unet=unet((32, 64) if small else (64, 128, 224)),
+        unet=unet((32, 64) if small else (64, 128, 192)),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -165,13 +166,14 @@ def rewarded(table: Rows, sizes: tuple[int, ...], steps: int, small: bool) -> No
 def decoded(table: Rows, sizes: tuple[int, ...], small: bool) -> None:
     """A gradient through the decoder alone."""
     torch.manual_seed(0)
-    network = vae(8 if small else 16).eval().requires_grad_(False)
+    network: Any = vae(8 if small else 16).eval().requires_grad_(False)
+    network.tile_sample_min_size, network.tile_latent_min_size = TILE, TILE // 8
     for size in sizes:
         for memory in ("store", "blocks", "halo", "tiles"):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(1, 4, size // 8, size // 8, generator=generator).requires_grad_()
             with Live() as live:
-                y = gsd.decode(network, x, memory=memory, tile=128)
+                y = gsd.decode(network, x, memory=memory, tile=TILE)
                 torch.autograd.grad(y.square().mean(), x)
                 del y
             report(table, "decode", memory, f"1x3x{size}x{size}", live.peak)
