@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint docs serve-docs tables bench bench-reversible bench-cpu bench-memory sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+.PHONY: demo test test-all coverage lint docs serve-docs tables bench bench-reversible bench-cpu bench-memory bench-pipelines sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -49,6 +49,9 @@ bench-reversible: $(VENV)/.tested
 
 bench-cpu: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/step_cpu.py
+
+bench-pipelines: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/pipelines.py
 
 bench-memory: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/memory.py

@@ -82,6 +82,39 @@ def test_the_calls_that_fit_are_not_made_again(kept, free):
     assert_close(found[0], expected[0])
 
 
+@pytest.mark.parametrize("after", [480, "480B"])
+def test_room_is_left_for_what_follows_the_run(after, free):
+    z0, denoiser = leaf(normal(2, 3)), Wide()
+    free(keeping(2, z0) + 480)
+    gs.sample(denoiser, z0, SIGMAS, memory=gs.memory.Auto(after=after)).sum().backward()
+    assert denoiser.calls == 2 * STEPS - 2
+
+
+def test_a_loss_is_measured_once_for_each_shape(free):
+    seen = []
+
+    def loss(x):
+        seen.append(x.shape)
+        return (x[..., None] * torch.linspace(0, 1, 64, dtype=x.dtype)).tanh().sum()
+
+    z0 = leaf(normal(2, 3))
+    with Live() as counter:
+        torch.autograd.grad(loss(leaf(normal(2, 3))), leaf(normal(2, 3)), allow_unused=True)
+    size = counter.peak
+    seen.clear()
+    memory = gs.memory.Auto(after=loss)
+    for _ in range(2):
+        denoiser = Wide()
+        free(keeping(3, z0) + size)
+        gs.sample(denoiser, z0, SIGMAS, memory=memory).sum().backward()
+        assert denoiser.calls == pytest.approx(2 * STEPS - 3, abs=1)
+        assert seen == [z0.shape]
+    gs.sample(Wide(), leaf(normal(5, 3)), SIGMAS, memory=memory)
+    assert seen == [z0.shape, (5, 3)]
+    with pytest.raises(ValueError, match="Auto: after must be bytes"):
+        gs.memory.Auto(after="plenty")
+
+
 def test_more_room_than_calls_changes_nothing(free):
     z0, denoiser = leaf(normal(2, 3)), Wide()
     free(2**50)

@@ -62,6 +62,15 @@ def test_memory_benchmark_rehearses_every_part():
 
 
 @pytest.mark.thorough
+def test_pipelines_benchmark_rehearses():
+    pytest.importorskip("diffusers")
+    done = run("benchmarks/pipelines.py", "--rehearse", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for part in ("pipeline with gradients on ", "revolve:2, decode halo ", "tiles "):
+        assert part in done.stdout
+
+
+@pytest.mark.thorough
 def test_main_job_benchmark_rehearses():
     done = run("benchmarks/main_job.py", "--rehearse")
     assert done.returncode == 0, done.stderr

@@ -61,5 +61,8 @@ def test_the_tables_have_all_rows():
     assert pipelines == list(CASES)
     found = [(row[0].strip("`"), row[1]) for row in tables.rows(tables.SCHEDULERS)]
     assert found == [(n, s.text()) for n, each in schedulers.SETUPS.items() for s in each]
+    found = [(row[0].strip("`"), row[1]) for row in tables.rows(tables.LEVELS)]
+    named = [(name, schedulers.SETUPS[name][k]) for name, k in schedulers.leveled()]
+    assert found == [(name, setup.text()) for name, setup in named]
     text = tables.PAGE.read_text()
     assert all(f"`{name}`" in text for name in schedulers.OTHER)

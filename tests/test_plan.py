@@ -45,13 +45,14 @@ class Convolutions(nn.Module):
         return self.outlet(F.silu(hidden if shift is None else hidden + shift))
 
 
-def run(denoiser, z0, sigmas, memory, others=(), **options):
+def run(denoiser, z0, sigmas, memory, others=(), after=None, **options):
     """What a run and its backward have alive at most, with a loss as users have it."""
     weights = torch.ones_like(z0)
+    loss = after or (lambda x: (x * weights).sum())
     others = [x for x in others if x.requires_grad]
     with no_collector(), Live() as counter:
         x = gs.sample(denoiser, z0, sigmas, memory=memory, **options)
-        torch.autograd.grad((x * weights).sum(), [z0, *others])
+        torch.autograd.grad(loss(x), [z0, *others])
         return counter.peak
 
 
@@ -133,6 +134,63 @@ def test_peaks_of_a_network_of_16_bits():
     plan = gs.memory.plan(gs.EDM(network), z0, levels(8), budget=BUDGET)
     assert (plan.footprint.state, plan.footprint.model_input) == (STATE, STATE // 2)
     hold(plan, [2], gs.EDM(network), z0, levels(8))
+
+
+class Decoder(nn.Module):
+    """Twice the size, by activations of 16 states and more."""
+
+    def __init__(self, trained):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 8, 1), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 3, 1)
+        ).requires_grad_(trained)
+
+    def forward(self, x):
+        return self.layers(x).tanh()
+
+
+@pytest.mark.parametrize("trained", few([False, True], False))
+def test_peaks_with_a_decoder_after_the_run(trained):
+    network, decoder = Convolutions(width=2).requires_grad_(False), Decoder(trained)
+    z0, denoiser = torch.ones(SHAPE, requires_grad=True), gs.EDM(network)
+
+    def after(x):
+        return decoder(x).square().mean()
+
+    plan = gs.memory.plan(denoiser, z0, levels(8), budget=BUDGET, after=after)
+    others = list(decoder.parameters())
+    alone = gs.memory.plan(denoiser, z0, levels(8), budget=BUDGET)
+    assert all(a.peak > b.peak + 10 * STATE for a, b in zip(plan, alone, strict=True))
+    for row in [*plan, *map(plan.predictor.revolve, [1, 3])]:
+        peak = run(denoiser, z0, levels(8), row.memory, others, after=after)
+        assert row.peak == pytest.approx(peak, rel=0.1), row.name
+    assert "after the run: " in str(plan)
+
+
+def test_what_follows_the_run_is_left_as_it_was():
+    norm, state = nn.BatchNorm1d(3), torch.get_rng_state()
+    after = nn.Sequential(norm, nn.Dropout(0.5))
+    z0 = leaf(normal(4, 3)).float()
+    plan = gs.memory.plan(lambda x, s: x, z0, levels(2), after=lambda x: after(x).square().sum())
+    assert plan.predictor.following.peak > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    assert norm.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "match"),
+    [
+        (lambda x: 1.0, TypeError, "after: the value that it returns must be a scalar tensor"),
+        (lambda x: x, ValueError, "after: the value that it returns must have shape"),
+        (lambda x: x.detach().sum(), ValueError, "after must depend on the sample"),
+        (3, TypeError, "after must be callable"),
+    ],
+)
+def test_what_is_no_loss_is_named(after, error, match):
+    with pytest.raises(error, match=match):
+        gs.memory.plan(lambda x, s: x, leaf(normal(2, 3)), levels(2), after=after)
 
 
 @pytest.mark.thorough
@@ -475,6 +533,14 @@ def test_the_page_runs_and_prints_what_it_shows(capsys):
     assert printed[4].split(", forward")[0] == expected[4].split(", forward")[0]
     assert printed[5] == expected[5]
     names["x"].sum().backward()
+    assert names["z0"].grad.any()
+
+
+def test_the_page_counts_what_comes_after_the_run():
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1:3]:
+        exec(compile(block.replace("karras(1000)", "karras(10)"), "docs/memory.md", "exec"), names)
+    assert names["plan"].predictor.following.peak > 64 * names["z0"].numel()
     assert names["z0"].grad.any()
 
 

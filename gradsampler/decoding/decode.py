@@ -13,7 +13,7 @@ from gradsampler.memory import capacity
 from gradsampler.memory.saved import Saved
 from gradsampler.repetition import RandomState
 
-__all__ = ["decode", "fits"]
+__all__ = ["decode", "fits", "kept"]
 
 _USED = 0.5  # of what is free that the activations of a decode may take
 _CROP = 8  # pixels of a latent that is decoded to see what a decode takes
@@ -73,8 +73,14 @@ def fits(decoder: Any, latents: Tensor, **kwargs: Any) -> bool:
     corner = latents.detach()[:1]
     for axis in range(max(2, corner.ndim - 2), corner.ndim):
         corner = corner.narrow(axis, 0, min(_CROP, corner.shape[axis]))
+    size = kept(decoder, corner, **kwargs)
+    return size * (latents.numel() / corner.numel()) <= _USED * free
+
+
+def kept(decoder: Any, latents: Tensor, **kwargs: Any) -> int:
+    """Bytes that autograd keeps of a decode, parameters aside. Draws nothing."""
     before = RandomState(latents.device)
     with torch.enable_grad(), Saved([]) as saved:
-        decoder(corner.clone().requires_grad_(), **kwargs)
+        decoder(latents.clone().requires_grad_(), **kwargs)
     before.restore()
-    return saved.beside([]) * (latents.numel() / corner.numel()) <= _USED * free
+    return saved.beside([])

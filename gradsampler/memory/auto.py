@@ -2,7 +2,7 @@
 """Keep as much as there is room for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.host import Host
+from gradsampler.memory.planning import following
+from gradsampler.memory.planning.following import After
 from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.saved import Saved
@@ -41,7 +43,24 @@ class Auto(Memory):
     many slots as fit.
 
     A gradient of the gradient needs `Store`.
+
+    Args:
+        after: what follows the run and needs room beside it: from a sample [B, *state] to a scalar
+            loss, as for `plan`, called once for each shape; or its bytes, an int or "2GiB".
+
+    Raises:
+        ValueError, TypeError: naming what does not fit, at the start of the run where ``after`` is
+            called.
     """
+
+    after: After | int | str | None = None
+    _measured: dict[object, int] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.after is not None and not callable(self.after):
+            capacity.parsed("Auto: after", self.after)
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         if Reversible().integers(trajectory, z0) is not None:
@@ -49,7 +68,7 @@ class Auto(Memory):
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
         count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()
-        free = capacity.free(z0.device)
+        free = self._left(z0)
         if free is None:
             return _connected(trajectory, z0, Resident(), room=0.0)
         opening = None
@@ -68,6 +87,18 @@ class Auto(Memory):
                 return _connected(trajectory, z0, Host(count), _USED * free, opening)
         slots = int(_STATES * free) // (size * _snapshot(trajectory))
         return Revolve(max(1, slots)).run(trajectory, z0, opening)
+
+    def _left(self, z0: Tensor) -> int | None:
+        """What is free, and not needed by what follows the run."""
+        free = capacity.free(z0.device)
+        if free is None or self.after is None:
+            return free
+        if not callable(self.after):
+            return max(0, free - capacity.parsed("Auto: after", self.after))
+        key = z0.shape, z0.dtype, z0.device
+        if key not in self._measured:
+            self._measured[key] = following.measured(self.after, z0).peak
+        return max(0, free - self._measured[key])
 
 
 def _plain(trajectory: Trajectory, device: torch.device) -> bool:

@@ -132,6 +132,29 @@ SETUPS: dict[str, list[Setup]] = {
     "UniPCMultistepScheduler": [BY_BETAS, Setup(BETAS | {"solver_order": 3})],
 }
 
+# Those whose levels can be given, if they are affine.
+LEVELS = (
+    "CMStochasticIterativeScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "MiniMaxH3Scheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+
 TOKENS = "its states are tokens, which have no gradient"
 OTHER = {
     "AmusedScheduler": TOKENS,
@@ -143,6 +166,11 @@ OTHER = {
     "KarrasVeScheduler": "steps with a second state, inside KarrasVePipeline: calls",
     "RFD4ProteinaScheduler": "steps only inside RFD4ProteinaPipeline: calls",
 }
+
+
+def leveled() -> list[tuple[str, int]]:
+    """The setups whose levels can be given, by name and place."""
+    return [(name, k) for name in LEVELS for k, setup in enumerate(SETUPS[name]) if setup.affine]
 
 
 def pipeline(kind: type, setup: Setup) -> Any:

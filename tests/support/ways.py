@@ -142,3 +142,48 @@ def scheduler(name: str, setup: schedulers.Setup) -> Compared:
         return sample, gradients(sample, named(given))
 
     return compared(pipe, arguments, named, own)
+
+
+class Levels(NamedTuple):
+    """Gradients to ``scheduler.sigmas`` beside central differences, relative."""
+
+    ours: float  # by the table
+    upstream: float  # by the pipeline's own code: NaN where it has a NaN, infinite where it fails
+
+    def cells(self) -> tuple[str, str]:
+        """The end of a row."""
+        if math.isinf(self.upstream):
+            return bound(self.ours), "none"
+        return bound(self.ours), "NaN" if math.isnan(self.upstream) else bound(self.upstream)
+
+
+def levels(name: str, setup: schedulers.Setup) -> Levels:
+    """Differentiates a bare loop by its levels."""
+    pipe = schedulers.pipeline(schedulers.classes()[name], setup)
+    pipe.unet.double().requires_grad_(False)
+    latents = schedulers.arguments(setup)["latents"].detach().double()
+    pipe.scheduler.set_timesteps(setup.steps)
+    table = pipe.scheduler.sigmas.double()
+    # Off the ends of the range, where a scheduler may clamp its levels.
+    start = table * torch.linspace(0.97, 1.03, len(table), dtype=torch.float64)
+
+    def loss(levels: Tensor, method: str = "program") -> Tensor:
+        call = schedulers.arguments(setup) | {"latents": latents, "levels": levels}
+        return gsd.pipeline(pipe, "store", method)(**call).square().mean()
+
+    varied = start.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(loss(varied), varied)
+    inner = (start > 0).nonzero().flatten().tolist()
+    wanted = []
+    for k in inner:
+        step = 1e-4 * start[k] * torch.nn.functional.one_hot(torch.tensor(k), len(start))
+        with torch.no_grad():
+            wanted.append((loss(start + step) - loss(start - step)) / (2 * step[k]))
+    differences = torch.stack(wanted)
+    assert ours.isfinite().all()
+    try:
+        (theirs,) = torch.autograd.grad(loss(varied, "calls"), varied)
+    except (RuntimeError, TypeError):  # such as a conversion to numpy
+        return Levels(apart(ours[inner], differences), math.inf)
+    found = apart(theirs[inner], differences) if theirs.isfinite().all() else math.nan
+    return Levels(apart(ours[inner], differences), found)

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
 from gradsampler.engine.recomputation import recomputed
+from gradsampler.integrations.diffusers import decoding
 from gradsampler.integrations.diffusers.draws import replaced
 from gradsampler.integrations.diffusers.rehearsal import bound
 from gradsampler.integrations.diffusers.session import Session
@@ -31,7 +33,7 @@ def run(session: Session, memory: str | Memory, noise: NoiseSource | None) -> An
     """
     strategy = resolve(memory)
     if isinstance(strategy, Auto):
-        session.model = _Kept()
+        session.model = _Kept(session, strategy)
     elif isinstance(strategy, Checkpoint):
         session.model = _recomputed
     elif not isinstance(strategy, Store):
@@ -76,7 +78,10 @@ class _Kept:
     told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session, strategy: Auto) -> None:
+        if callable(strategy.after):
+            _checks.fail("Auto: after", "be bytes where the pipeline runs its own loop", "a loss")
+        self._session, self._after = session, strategy.after
         self._sizes: dict[int, int] = {}  # by module, bytes of one call's graph
         self._room: float | None = None
 
@@ -85,7 +90,7 @@ class _Kept:
             return module(*args, **kwargs)
         if self._room is None:
             free = capacity.free(_device(module))
-            self._room = _USED * free if free is not None else 0.0
+            self._room = _USED * (free - self._reserved(args, kwargs)) if free is not None else 0.0
         size = self._sizes.get(id(module))
         if size is None:
             with Saved(module.buffers()) as saved:
@@ -98,6 +103,17 @@ class _Kept:
             self._room -= size
             return module(*args, **kwargs)
         return _recomputed(module, args, kwargs)
+
+    def _reserved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Bytes for what follows the run: the caller's number, or what a decode keeps."""
+        if self._after is not None:
+            return capacity.parsed("Auto: after", self._after)
+        vae, given = self._session.decodes, pytree.tree_leaves((args, kwargs))
+        states = [x for x in given if isinstance(x, Tensor) and x.dtype.is_floating_point]
+        if vae is None or not states:
+            return 0
+        largest = max(states, key=Tensor.numel)
+        return decoding.reserve(vae, largest.numel(), largest)
 
 
 def _device(module: nn.Module) -> torch.device:

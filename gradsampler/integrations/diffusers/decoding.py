@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from gradsampler import _checks
 from gradsampler.decoding import blocks
-from gradsampler.decoding.decode import fits
+from gradsampler.decoding.decode import fits, kept
 from gradsampler.decoding.halo import Piece, exact_tiles
 from gradsampler.engine.substitution import replanted
+from gradsampler.memory import capacity
 
 __all__ = ["MEMORIES", "decode"]
 
@@ -77,6 +78,25 @@ def _chosen(vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> str:
     if not torch.is_grad_enabled() or fits(whole, latents):
         return "store"
     return "frames" if latents.ndim == 5 else "blocks"
+
+
+def reserve(vae: Any, elements: int, like: Tensor) -> int:
+    """Bytes to leave for a decode: what it keeps as a whole, at most half of what is free.
+
+    Args:
+        vae: an autoencoder.
+        elements: of the latents.
+        like: of their dtype and device.
+    """
+    free = capacity.free(like.device)
+    channels = getattr(vae.config, "latent_channels", getattr(vae.config, "z_dim", None))
+    if free is None or channels is None:
+        return 0
+    video = any(isinstance(each, nn.Conv3d) for each in vae.modules())
+    shape = (1, channels, 1, 8, 8) if video else (1, channels, 8, 8)
+    corner = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    size = kept(lambda x: vae.decode(x, return_dict=False), corner)
+    return min(free // 2, size * elements // corner.numel())
 
 
 def _check_frames(latents: Tensor) -> None:

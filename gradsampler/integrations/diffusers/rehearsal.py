@@ -80,14 +80,21 @@ class Rehearsal:
     scheduler: dict[str, Any]
 
     @property
-    def start(self) -> Tensor:
-        """The state before the first turn."""
+    def first(self) -> Tensor | None:
+        """The state before the first turn, where the pipeline names it."""
         first = self.turns[0]
         sample = first.calls[-1].arguments.get("sample") if first.calls else None
         for x in first.names.values():
             if isinstance(x, Tensor) and isinstance(sample, Tensor) and same(x, sample):
                 return x
-        raise Refused("its first step does not begin with a tensor that the pipeline names")
+        return None
+
+    @property
+    def start(self) -> Tensor:
+        """The state before the first turn."""
+        if self.first is None:
+            raise Refused("its first step does not begin with a tensor that the pipeline names")
+        return self.first
 
 
 def rehearse(session: Session, loop: Loop, head: Head) -> Rehearsal:

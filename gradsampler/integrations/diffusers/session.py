@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
+from gradsampler.engine.recomputation import recomputed
 from gradsampler.engine.substitution import stand_in, subclass
 from gradsampler.integrations.diffusers import decoding, parts
 from gradsampler.integrations.diffusers.glue import Glue, Lifted
@@ -163,8 +164,24 @@ class Session:
     def scheduler(self, scheduler: Any) -> None:
         self.pipe.__dict__["scheduler"] = scheduler
 
+    @property
+    def decodes(self) -> Any:
+        """The autoencoder that ends the call, or None where it ends with latents."""
+        latent = self.arguments.get("output_type", "latent") == "latent"
+        return None if latent else getattr(self._original, "vae", None)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether models come to the device for their call alone (enable_model_cpu_offload).
+
+        A backward that read their weights afterwards would find them elsewhere.
+        """
+        return bool(getattr(self._original, "_all_hooks", ()))
+
     def _aside(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with self.glue.paused():
+            if self.offloaded:
+                return recomputed(module, args, kwargs, name=type(module).__name__)
             return module(*args, **kwargs)
 
     def _called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -273,7 +290,8 @@ class Session:
         kept = {*self._swapped, "progress_bar", "maybe_free_model_hooks"}
         changed = {k: v for k, v in vars(self.pipe).items() if k not in kept}
         self._original.__dict__.update(changed)
-        self._original.maybe_free_model_hooks()
+        if not (self.offloaded and torch.is_grad_enabled()):  # or the last model left its device
+            self._original.maybe_free_model_hooks()
 
     def result(self, returned: Any) -> Any:
         """What the run gives: the pipeline's latents, or with ``output_type="pt"`` its images."""

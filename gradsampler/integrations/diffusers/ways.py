@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gradsampler import _checks
 from gradsampler.engine import parts
-from gradsampler.integrations.diffusers import calls, program, steps
+from gradsampler.integrations.diffusers import calls, decoding, program, steps
 from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
 from gradsampler.integrations.diffusers.session import Session
 from gradsampler.integrations.diffusers.table import Table, read
-from gradsampler.memory import Memory, resolve
+from gradsampler.memory import Auto, Checkpoint, Memory, Offload, resolve
+from gradsampler.memory.planning import following
 from gradsampler.noise.sources import NoiseSource
 from gradsampler.repetition import RandomState
 
@@ -44,7 +46,8 @@ def pipeline(pipe: Any, memory: str | Memory = "auto", method: str = "auto") -> 
     Args:
         pipe: a `diffusers.DiffusionPipeline`, which stays as it is.
         memory: what is kept for backward: a name of `gradsampler.memory.names()` or an object. With
-            "calls" it is "auto", "checkpoint" or "store".
+            "calls" it is "auto", "checkpoint" or "store". "auto" leaves room for the decoder where
+            images are asked for, and `memory.Auto(after=loss)` for that loss of the latents.
         method: "program" runs the scheduler's table of coefficients around the models, with every
             memory strategy, any `noise` and gradients to ``levels``; its sample is the pipeline's
             to rounding. "steps" runs the turns of the pipeline's loop one by one, with every
@@ -97,6 +100,7 @@ class Pipeline:
     def __init__(self, pipe: Any, memory: str | Memory, method: str) -> None:
         self._pipe, self._memory, self._method = pipe, memory, method
         self.explanation: Explanation | None = None  # of the latest call
+        self._following: dict[object, int] = {}  # bytes of what follows the run, by its state
 
     def __call__(
         self,
@@ -122,6 +126,8 @@ class Pipeline:
         if noise is not None and not isinstance(noise, NoiseSource):
             _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
         arguments = _bound(self._pipe, args, kwargs)
+        if torch.is_grad_enabled():
+            _check_weights(self._pipe)
         session = Session(self._pipe, arguments, levels, decode)
         try:
             return self._run(session, arguments, noise)
@@ -144,7 +150,36 @@ class Pipeline:
         else:
             self.explanation = Explanation("calls")
         again = session.anew()
-        return again.result(calls.run(again, self._memory, noise))
+        return again.result(calls.run(again, self._strategy(session), noise))
+
+    def _strategy(self, session: Session, rehearsal: Rehearsal | None = None) -> str | Memory:
+        """What is kept: no model call's graph where the weights will be elsewhere in backward, and
+        with room for what follows the loop.
+        """
+        strategy = resolve(self._memory)
+        if not torch.is_grad_enabled():
+            return self._memory
+        if session.offloaded:
+            if isinstance(strategy, Auto):
+                return Checkpoint()
+            if not isinstance(strategy, Checkpoint | Offload):
+                _checks.fail(
+                    "memory",
+                    'be "auto", "checkpoint" or "offload" under enable_model_cpu_offload',
+                    repr(self._memory),
+                    "a call that is not made again would find its weights on another device",
+                )
+        x = None if rehearsal is None else rehearsal.first
+        if x is None or not isinstance(strategy, Auto):
+            return self._memory
+        if strategy.after is None and session.decodes is not None:
+            return Auto(decoding.reserve(session.decodes, x.numel(), x))
+        if callable(strategy.after):
+            key = x.shape, x.dtype, x.device
+            if key not in self._following:
+                self._following[key] = following.measured(strategy.after, x).peak
+            return Auto(self._following[key])
+        return self._memory
 
     def _turns(
         self, session: Session, prepared: _Prepared, way: str, noise: NoiseSource | None
@@ -152,17 +187,28 @@ class Pipeline:
         loop, rehearsal = prepared.loop, prepared.rehearsal
         assert loop is not None
         assert rehearsal is not None
+        memory = self._strategy(session, rehearsal)
         names: dict[str, Any]
         x: Tensor | None
         if way == "program":
             assert prepared.table is not None
             names, x = program.run(
-                session, loop, rehearsal, prepared.table, memory=self._memory, noise=noise
+                session,
+                loop,
+                rehearsal,
+                prepared.table,
+                memory=memory,
+                noise=noise,
             )
         else:
             assert prepared.carried is not None
             names, x = steps.run(
-                session, loop, rehearsal, prepared.carried, memory=self._memory, noise=noise
+                session,
+                loop,
+                rehearsal,
+                prepared.carried,
+                memory=memory,
+                noise=noise,
             )
         if x is not None and not session.wants_tail:
             return x
@@ -210,6 +256,19 @@ def _bound(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     if len(args) > len(names):
         raise TypeError(f"{type(pipe).__name__} takes {len(names)} arguments, got {len(args)}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_weights(pipe: Any) -> None:
+    """Refuses weights that are cast only while forward runs: backward would read others."""
+    for name, part in vars(pipe).items():
+        for p in part.parameters() if isinstance(part, nn.Module) else ():
+            if p.dtype.is_floating_point and p.dtype.itemsize == 1:
+                _checks.fail(
+                    f"pipe: the weights of its {name}",
+                    "be there in the dtype of the computation when backward reads them",
+                    f"some of {p.dtype}, as after enable_layerwise_casting",
+                    "cast them, or quantise by torchao or bitsandbytes, whose layers differentiate",
+                )
 
 
 def _random(pipe: Any, arguments: Mapping[str, Any]) -> RandomState:

@@ -3,7 +3,7 @@
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ def measured(trajectory: Trajectory, z0: Tensor) -> Footprint:
     ``.grad`` stay as they are. On CUDA the peak statistics of the allocator start anew. On the CPU
     a `torch.compile`d model is measured as it runs uncompiled.
     """
-    with _undisturbed(trajectory, z0.device):
+    with undisturbed(trajectory.buffers(), z0.device):
         return _Probe(trajectory, z0).footprint
 
 
@@ -91,7 +91,7 @@ class _Probe(Adjoint):
             call = self._first(evaluation, x, None)
         forward_peak, held = counter.peak, counter.live
         cotangents = [torch.ones_like(output) for output in call.outputs]
-        with counter, _timed(x.device) as backward:
+        with counter, timed(x.device) as backward:
             gradients = self._pulled(call, cotangents)
         sums = [g.numel() * max(4, g.element_size()) for g in gradients]
         same = address(call.scaled) == address(x)
@@ -117,7 +117,7 @@ class _Probe(Adjoint):
         return self._z0
 
     def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
-        with _timed(x.device) as self._seconds:
+        with timed(x.device) as self._seconds:
             return super()._call(evaluation, x, scaled)
 
     def _pulled(self, call: Call, cotangents: list[Tensor]) -> list[Tensor]:
@@ -142,7 +142,7 @@ def _never(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence
 
 
 @contextmanager
-def _timed(device: torch.device) -> Iterator[list[float]]:
+def timed(device: torch.device) -> Iterator[list[float]]:
     """Appends the seconds that a with statement takes, the device's work included.
 
     Without the garbage collector, which may take longer than a small network.
@@ -165,15 +165,17 @@ def _timed(device: torch.device) -> Iterator[list[float]]:
 
 
 @contextmanager
-def _undisturbed(trajectory: Trajectory, device: torch.device) -> Iterator[None]:
-    """Afterwards the random state and the modules' buffers are as they were."""
-    random = RandomState(device)
-    buffers = [(x, x.clone()) for x in trajectory.buffers()]
+def undisturbed(
+    buffers: Iterable[Tensor], device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> Iterator[None]:
+    """Afterwards the random state and the buffers are as they were."""
+    random = RandomState(device, generators=generators)
+    copies = [(x, x.clone()) for x in buffers]
     try:
         yield
     finally:
         random.restore()
         with torch.no_grad():
-            for x, copy in buffers:
+            for x, copy in copies:
                 if not torch.equal(x, copy):
                     x.copy_(copy)

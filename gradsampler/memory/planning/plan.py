@@ -14,7 +14,8 @@ from gradsampler.elementary import Coefficient
 from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.capacity import readable
-from gradsampler.memory.planning import footprint
+from gradsampler.memory.planning import following, footprint
+from gradsampler.memory.planning.following import After, Following
 from gradsampler.memory.planning.footprint import Footprint
 from gradsampler.memory.planning.predictor import Predictor, Row
 from gradsampler.memory.reversible import Reversible
@@ -73,12 +74,17 @@ class Plan:
             for cells in lines
         ]
         best, call = self._best(), self.footprint
+        then = self.predictor.following
         chosen = f"nothing exact fits: {_WAY_OUT}" if best is None else f"best: {best.name}"
         return "\n".join(
             [
                 *table,
                 f"one call: activations {readable(call.activations)}, state {readable(call.state)}"
                 f", forward {call.forward_seconds:.2g} s, backward {call.backward_seconds:.2g} s",
+                *(
+                    [f"after the run: {readable(then.peak)}, {then.seconds:.2g} s"]
+                    * (then.peak > 0)
+                ),
                 f"budget {readable(self.budget)}; {chosen}",
             ]
         )
@@ -108,6 +114,7 @@ def plan(
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     modules: Sequence[nn.Module] = (),
+    after: After | None = None,
 ) -> Plan:
     """Predicts what each memory strategy takes for a run and its backward.
 
@@ -120,6 +127,9 @@ def plan(
         denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise: as for
             `gradsampler.sample`. A gradient to z0 is planned for.
         start, final_denoise, cond, state_dtype, backend, modules: as for it, too.
+        after: from a sample [B, *state] to a scalar loss, such as
+            ``lambda x: loss(gs.decode(decoder, x))``: what it takes, forward and backward, counts
+            in all peaks. It is called once too.
         budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
             the device of z0.
 
@@ -142,6 +152,8 @@ def plan(
         Revolve(slots=4, further=0, to='cpu')
     """
     z0 = _checks.batched("z0", z0).detach()
+    if after is not None and not callable(after):
+        _checks.fail_type("after", "be callable as after(sample)", after)
     room = None if budget is None else capacity.parsed("budget", budget)
     program, model = arguments.record(
         denoiser,
@@ -169,6 +181,8 @@ def plan(
         _checks.fail("budget", "be given where the free memory is not known", budget)
     z = z0.to(trajectory.state_dtype)
     integers = Reversible().integers(trajectory, z)
+    then = Following() if after is None else following.measured(after, z0)
     call = footprint.measured(trajectory, z.requires_grad_())
-    predictor = Predictor(program, call, z0.dtype != trajectory.state_dtype, room, integers)
+    converted = z0.dtype != trajectory.state_dtype
+    predictor = Predictor(program, call, converted, room, integers, then)
     return Plan(tuple(predictor.rows(away=z0.device.type != "cpu")), room, predictor)

@@ -3,7 +3,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from gradsampler.memory import capacity, multistage
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Checkpoint
 from gradsampler.memory.offload import Offload
+from gradsampler.memory.planning.following import Following
 from gradsampler.memory.planning.footprint import Footprint
 from gradsampler.memory.planning.rehearsal import Cost, Rehearsal
 from gradsampler.memory.reversible import Reversible
@@ -47,6 +48,7 @@ class Predictor:
     converted: bool
     budget: int
     integers: torch.dtype | None = None  # of a run that can be undone
+    following: Following = field(default_factory=Following)
 
     def rows(self, *, away: bool) -> Iterator[Row]:
         """A row a strategy, the fastest first; ``away`` is a device other than the host."""
@@ -79,7 +81,9 @@ class Predictor:
         return self._row(f"revolve:{slots}", Revolve(slots), cost)
 
     def _rehearsal(self) -> Rehearsal:
-        return Rehearsal(self.program, self.footprint, converted=self.converted)
+        return Rehearsal(
+            self.program, self.footprint, converted=self.converted, after=self.following.peak
+        )
 
     def _row(self, name: str, memory: Memory, cost: Cost) -> Row:
         count = len(self.program.evaluations)

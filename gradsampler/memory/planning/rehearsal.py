@@ -49,14 +49,17 @@ class Rehearsal:
         program: what is run.
         footprint: of the one of its evaluations with the most outputs; all are taken to be alike.
         converted: whether z0 has another dtype than the state.
+        after: bytes that a decoder and a loss take between the run and its backward.
     """
 
-    def __init__(self, program: Program, footprint: Footprint, *, converted: bool = False) -> None:
+    def __init__(
+        self, program: Program, footprint: Footprint, *, converted: bool = False, after: int = 0
+    ) -> None:
         self._program, self._footprint = program, footprint
         self._evaluations, instructions = program.evaluations, program.instructions
         self._starts = [k for k, i in enumerate(instructions) if isinstance(i, Evaluation)]
         self._starts.append(len(instructions))
-        self._heap, self._calls = Heap(), 0
+        self._heap, self._calls, self._after = Heap(), 0, after
         if converted:
             self._heap.new(footprint.state)
 
@@ -224,6 +227,7 @@ class Rehearsal:
 
     def _transposed(self, again: Callable[[], list[Block]]) -> None:
         """As `Adjoint._transposed`; ``again`` makes what is alive of the next call to pull back."""
+        self._heap.touch(self._after)
         cost, cot = self._footprint, Table()
         cot[self._program.output] = shared(self._heap.new(cost.state))  # its caller keeps it too
         self._heap.new(cost.state)  # dz0
