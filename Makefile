@@ -134,6 +134,8 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
+# Of k-diffusion two modules alone are loaded, so that its dependencies are not needed.
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
 	touch $@
