@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint tables bench bench-reversible bench-cpu bench-memory sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+.PHONY: demo test test-all coverage lint tables bench bench-reversible bench-cpu bench-memory \
+	bench-gradients sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -42,6 +43,11 @@ bench-cpu: $(VENV)/.tested
 
 bench-memory: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/memory.py
+
+# Gradients beside those of k-diffusion and diffusers: the table and picture of the page about it.
+bench-gradients: $(VENV)/.tested
+	PYTHONPATH=benchmarks:tests $(BIN)/python benchmarks/gradients_compared.py \
+		--page docs/gradients-compared.md --picture docs/pictures/gradients-compared.png
 
 # Without isolation: the extension is built against the torch of this environment.
 dist: $(VENV)/.installed
