@@ -419,7 +419,10 @@ def test_the_adaptive_one_counts_its_steps():
         (lambda: K.sample_lms(never, X, SIGMAS.flip(0)), "sigmas must"),
         (lambda: K.sample_dpmpp_2m(never, X, SIGMAS[:-1].flip(0)), "sigmas must decrease strictly"),
         (lambda: K.sample_lms(never, X, SIGMAS, order=5), "lms: order must be at most 4"),
-        (lambda: K.sample_euler(never, X, SIGMAS, [3]), "cond must be a dict or None"),
+        (
+            lambda: K.sample_euler(never, X, SIGMAS, [3]),
+            "extra_args must be a dict or None, got list",
+        ),
         (lambda: K.sample_euler(never, X, SIGMAS, callback=3), "callback must be callable"),
         (
             lambda: K.sample_euler_ancestral(never, X, SIGMAS, noise_sampler=3),

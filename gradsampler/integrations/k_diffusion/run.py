@@ -2,7 +2,7 @@
 """One call of a sampling function, as a run."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ class Denoiser(Parameterization):
 
     def __init__(self, network: Callable[..., Tensor]) -> None:
         self.network = network
+
+    def described(self) -> Hashable | None:
+        return (Denoiser,)
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         return Preconditioning(0.0, (1.0,), 1.0, sigma)
@@ -124,12 +127,14 @@ class Run:
         _checks.floating("sigmas", sigmas)
         if self.callback is not None and not callable(self.callback):
             _checks.fail_type("callback", "be callable as callback(info), or None", self.callback)
-        rising = type(solver) in _BOTH_WAYS
-        levels = arguments.checked_levels(
-            sigmas, flow=False, monotone=solver.monotone and not rising
-        )
+        if self.extra_args is not None and not isinstance(self.extra_args, Mapping):
+            _checks.fail_type("extra_args", "be a dict or None", self.extra_args)
         model = denoiser(self.model)
-        program = solver.program(levels, model, churn=churn, started=True)
+        if type(solver) in _BOTH_WAYS and not bool((sigmas.detach().diff(dim=0) < 0).all()):
+            levels = arguments.checked_levels(sigmas, flow=False, monotone=False)
+            program = solver.program(levels, model, churn=churn, started=True)
+        else:
+            program, _ = arguments.record(model, sigmas, solver=solver, churn=churn, started=True)
         noise: NoiseSource | None = draws.source(noise_sampler, x, between or draws.steps(sigmas))
         if isinstance(noise, Replayed) and not program.noises:
             noise = None
