@@ -12,6 +12,7 @@ from gradsampler import _checks, arguments
 from gradsampler.engine.observer import StepInfo
 from gradsampler.integrations.k_diffusion import draws
 from gradsampler.integrations.k_diffusion.draws import Between, NoiseSampler
+from gradsampler.integrations.k_diffusion.levels import append_dims
 from gradsampler.memory import Memory
 from gradsampler.noise.replayed import Replayed
 from gradsampler.noise.sources import NoiseSource
@@ -156,4 +157,4 @@ class Run:
             return _checks.shape("z0", _checks.floating("z0", self.z0), self.x.shape)
         if noise is None or not noise.of_z0:
             return self.x.detach()
-        return self.x / sigmas[0].to(self.x)
+        return self.x / append_dims(sigmas[0].to(self.x), self.x.ndim)
