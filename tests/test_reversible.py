@@ -19,12 +19,12 @@ from torch import nn
 import gradsampler as gs
 from gradsampler import memory as memories
 from gradsampler import models
+from gradsampler.engine.replay import ReplayError
 from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
 from gradsampler.memory.planning.gauge import Live
-from gradsampler.repetition import ReplayError
 from support.alive import no_collector
 from support.gradients import assert_close, check, gradients
 from support.networks import Net

@@ -22,9 +22,8 @@ from gradsampler.engine.program import (
     Stage,
     Terms,
 )
-from gradsampler.engine.replay import Sketch, changed
+from gradsampler.engine.replay import ReplayError, Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
-from gradsampler.repetition import ReplayError
 
 
 class States(Protocol):

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradsampler.repetition import Generator, defaults
+from gradsampler.repetition import Generator, RandomState, defaults
+
+__all__ = ["Astray", "Moves", "RandomState", "Randomness"]
 
 T = TypeVar("T")
 

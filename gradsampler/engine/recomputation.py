@@ -17,8 +17,7 @@ from gradsampler import _checks
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import Evaluation, Slot
-from gradsampler.engine.replay import Sketch, changed
-from gradsampler.repetition import ReplayError
+from gradsampler.engine.replay import ReplayError, Sketch, changed
 
 __all__ = ["recomputed"]
 

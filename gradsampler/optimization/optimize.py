@@ -17,11 +17,11 @@ from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser, checked_levels
 from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
+from gradsampler.engine.randomness import RandomState
 from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
 from gradsampler.optimization.statistics import RunningStatistics
 from gradsampler.parameterization import Parameterization
-from gradsampler.repetition import RandomState
 from gradsampler.sampling import sample
 
 __all__ = ["OptimizeResult", "OptimizeStep", "optimize"]

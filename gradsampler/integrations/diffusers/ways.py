@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.engine import parts
+from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers import calls, program, steps
 from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
@@ -17,7 +18,6 @@ from gradsampler.integrations.diffusers.session import Session
 from gradsampler.integrations.diffusers.table import Table, read
 from gradsampler.memory import Memory, resolve
 from gradsampler.noise.sources import NoiseSource
-from gradsampler.repetition import RandomState
 
 __all__ = ["Explanation", "Pipeline", "explain", "pipeline"]
 
