@@ -71,8 +71,10 @@ class _Use(torch.autograd.Function):
 
 def _summed_wide(x: Tensor) -> Callable[[], Tensor]:
     """Gives a tensor of 16 bits for each of its uses, whose cotangents are added up in float32."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return lambda: x
     wide = torch.promote_types(x.dtype, torch.float32)
-    if not (x.requires_grad and torch.is_grad_enabled()) or wide == x.dtype:
+    if wide == x.dtype:
         return lambda: x
     copy = x.to(wide)
     return lambda: _Use.apply(copy, x.detach())
