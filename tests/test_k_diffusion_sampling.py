@@ -435,6 +435,10 @@ def test_the_adaptive_one_counts_its_steps():
             "what draw returns at step 0 must have shape [2, 3]",
         ),
         (
+            lambda: K.sample_dpmpp_sde(never, X, SIGMAS[:, None].expand(5, 2)),
+            "noise_sampler must be given where levels are [N+1, B], got None",
+        ),
+        (
             lambda: K.sample_dpmpp_2m_sde(never, X, SIGMAS, solver_type="euler"),
             "solver_type must be one of heun, midpoint",
         ),

@@ -100,7 +100,10 @@ class BrownianTreeNoiseSampler:
 
 def path(x: Tensor, sigmas: Tensor) -> BrownianTreeNoiseSampler:
     """The noise of the SDE samplers where none is given: a Brownian tree with a random seed."""
-    sigmas = sigmas.detach()
+    sigmas = _checks.floating("sigmas", sigmas).detach()
+    if sigmas.ndim != 1:
+        way_out = "one tree has one time for all samples; take gradsampler.noise.SignedRoll()"
+        _checks.fail("noise_sampler", "be given where levels are [N+1, B]", None, way_out)
     return BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max())
 
 

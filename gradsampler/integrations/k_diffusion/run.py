@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks, arguments
@@ -75,7 +76,7 @@ class Told:
                 "x": info.x,
                 "i": info.step,
                 "sigma": levels[info.step],
-                "sigma_hat": levels.new_tensor(info.sigma),
+                "sigma_hat": torch.as_tensor(info.sigma, dtype=levels.dtype, device=levels.device),
                 "denoised": info.denoised,
             }
         )
