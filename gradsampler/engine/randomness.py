@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradsampler.repetition import Generator, RandomState, defaults
-
-__all__ = ["Astray", "Moves", "RandomState", "Randomness"]
+from gradsampler.repetition import Generator, defaults
 
 T = TypeVar("T")
 

@@ -16,10 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gradsampler.repetition import ReplayError
-
-__all__ = ["ReplayError", "Sketch", "changed"]
-
 # How far elements of two calls may be apart, relative to the root of their mean square. Of float32
 # it is what convolutions do on a GPU, where they may compute in TF32.
 _ROUNDING = {

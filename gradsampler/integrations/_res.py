@@ -36,7 +36,7 @@ class OpenChurn(Churn):
         for name, value in (("churn", self.s_churn), ("noise", self.s_noise)):
             _checks.finite(f"S_{name} (s_{name})", value, 0.0)
 
-    def eta(self, sigma: float, num_steps: int) -> float:
+    def eta(self, sigma: float, num_steps: int) -> Coefficient:
         if not self.s_tmin < sigma < self.s_tmax:
             return 0.0
         return min(self.s_churn / (num_steps + 1), math.sqrt(1.2) - 1)
