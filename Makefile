@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint docs serve-docs tables bench bench-reversible bench-cpu bench-memory bench-pipelines sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+.PHONY: demo test test-all coverage lint docs serve-docs tables bench bench-reversible bench-cpu bench-memory \
+	bench-pipelines bench-gradients sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -55,6 +56,11 @@ bench-pipelines: $(VENV)/.tested
 
 bench-memory: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/memory.py
+
+# Gradients beside those of k-diffusion and diffusers: the table and picture of the page about it.
+bench-gradients: $(VENV)/.tested
+	PYTHONPATH=benchmarks:tests $(BIN)/python benchmarks/gradients_compared.py \
+		--page docs/gradients-compared.md --picture docs/pictures/gradients-compared.png
 
 # Without isolation: the extension is built against the torch of this environment.
 dist: $(VENV)/.installed
@@ -151,6 +157,8 @@ $(VENV)/.documented: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
+# Of k-diffusion two modules alone are loaded, so that its dependencies are not needed.
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1
 	touch $@

@@ -16,7 +16,7 @@ from gradsampler.noise.sources import NoiseSource, SignedRoll
 from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.repetition import RandomState
 from gradsampler.solvers import Churn
-from gradsampler.solvers.adaptive import Adaptive
+from gradsampler.solvers.adaptive import Adaptive, Told
 
 
 def adapted(
@@ -32,11 +32,12 @@ def adapted(
     cond: Mapping[str, Any] | None = None,
     state_dtype: torch.dtype | None = None,
     modules: Sequence[nn.Module] = (),
+    told: Told | None = None,
 ) -> Tensor:
     """The given levels with the chosen ones in place of those in between.
 
     The ends may require grad; what lies between them is taken as given. Torch's default generators
-    are left as they were.
+    are left as they were. ``told`` hears of each step that is tried.
     """
     name = type(solver).__name__
     if churn is not None:
@@ -65,7 +66,7 @@ def adapted(
         return levels
     before = RandomState(z0.device)
     try:
-        trials = solver.tried(Live(model, x, source, cond), first, values)
+        trials = solver.tried(Live(model, x, source, cond), first, values, told)
     finally:
         before.restore()
     inner = levels.new_tensor([trial.t for trial in trials if trial.accepted][:-1])

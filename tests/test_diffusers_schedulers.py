@@ -189,3 +189,82 @@ def test_agrees_with_the_flow_lcm_scheduler(diffusers, monkeypatch):
         velocity = (x - denoise(x, s, "flow")) / s
         x = scheduler.step(velocity, t, x.double()).prev_sample
     agrees(solvers.Consistency(), levels, x.double(), flow=True)
+
+
+def variance_preserving(scheduler, steps, monkeypatch, **options):
+    """A run of a scheduler that knows its timesteps alone: its levels, and its sample."""
+    supply, module = iter(NOISES), sys.modules[type(scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(supply))
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.set_timesteps(steps)
+    alphas = scheduler.alphas_cumprod[scheduler.timesteps]
+    levels = ((1 - alphas) / alphas).sqrt().tolist()
+    x = levels[0] * Z0 * alphas[0].sqrt()
+    for s, a, t in zip(levels, alphas, scheduler.timesteps, strict=True):
+        wide = x.double() / a.sqrt()
+        epsilon = (wide - denoise(wide, s, "vp")) / s
+        x = scheduler.step(epsilon, t, x.double(), **options).prev_sample
+    return [*levels, 0.0], x.double()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_agrees_with_the_ddim_scheduler(diffusers, eta, monkeypatch):
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    levels, expected = variance_preserving(scheduler, 8, monkeypatch, eta=eta)
+    agrees(solvers.DDIM(eta=eta), levels, expected)
+
+
+def test_agrees_with_the_ddpm_scheduler(diffusers, monkeypatch):
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    agrees(solvers.DDPM(), *variance_preserving(scheduler, 8, monkeypatch))
+
+
+def test_agrees_with_the_lcm_scheduler(diffusers, monkeypatch):
+    """Its boundary scalings are 0 and 1 to 1e-7 at these timesteps."""
+    scheduler = diffusers.LCMScheduler(clip_sample=False)
+    agrees(solvers.Consistency(), *variance_preserving(scheduler, 4, monkeypatch))
+
+
+def test_agrees_with_the_scheduler_of_consistency_models(diffusers, monkeypatch):
+    scheduler, supply = diffusers.CMStochasticIterativeScheduler(clip_denoised=False), iter(NOISES)
+    module = sys.modules[type(scheduler).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(supply))
+    scheduler.set_timesteps(5)
+    scheduler.sigmas = scheduler.sigmas.double()
+    levels, x = scheduler.sigmas.tolist(), scheduler.sigmas[0] * Z0
+    for s, t in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
+        scheduler.scale_model_input(x, t)
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition(s)
+        x = scheduler.step((denoise(x, s, "ve") - c_skip * x) / c_out, t, x).prev_sample
+    agrees(solvers.Consistency(sigma_min=0.002), levels, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_agrees_with_the_sde_scheduler(diffusers):
+    """Which is k-diffusion's dpmpp_sde: given independent noises, so is ours."""
+    scheduler, supply = diffusers.DPMSolverSDEScheduler(), iter(NOISES)
+    scheduler.set_timesteps(6)
+    scheduler.sigmas = scheduler.sigmas.double()
+    scheduler.noise_sampler = lambda s, t: next(supply)
+    levels, x = list(dict.fromkeys(scheduler.sigmas.tolist())), scheduler.sigmas[0] * Z0
+    for i, t in enumerate(scheduler.timesteps):
+        s = scheduler.sigmas[i] if scheduler.state_in_first_order else scheduler.mid_point_sigma
+        x = scheduler.step((x - denoise(x, s, "ve")) / s, t, x).prev_sample
+    agrees(solvers.DPMppSDE(independent=True), levels, x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_agrees_with_the_single_step_scheduler(diffusers):
+    """Two of its steps are one of ours, if the level between is the geometric mean."""
+    scheduler = diffusers.DPMSolverSinglestepScheduler(
+        final_sigmas_type="sigma_min", lower_order_final=False
+    )
+    scheduler.set_timesteps(9)
+    sigmas = gs.schedules.exponential(8, 0.03, 12.0)  # its own levels repeat the last
+    scheduler.sigmas, steps = sigmas, scheduler.timesteps[:8]
+    x = sigmas[0] * Z0 / (1 + sigmas[0] ** 2).sqrt()
+    for s, t in zip(sigmas, steps, strict=False):
+        wide = x * (1 + s**2).sqrt()
+        x = scheduler.step((wide - denoise(wide, s, "vp")) / s, t, x).prev_sample
+    expected = x * (1 + sigmas[-1] ** 2).sqrt()
+    agrees(solvers.DPMpp2SAncestral(eta=0.0), sigmas[::2].tolist(), expected)

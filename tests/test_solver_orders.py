@@ -170,10 +170,15 @@ def test_order_of_convergence_in_flow_time(name, options, ve, flow):
     assert measured(name, options, flow=True) == pytest.approx(flow, abs=0.4)
 
 
-def test_every_solver_has_a_measured_order():
-    known = {name for name, *_ in ORDERS} | {name for name, *_ in WEAK} | {"lcm"}
-    assert known >= {name for name in solvers.names() if home(name)}
-    assert solvers.resolve("lcm").ode_order is None
+def test_every_order_that_a_solver_claims_is_measured():
+    claimed = {name: solvers.resolve(name) for name in solvers.names() if home(name)}
+    ode = {name for name, solver in claimed.items() if solver.ode_order is not None}
+    weak = {name for name, solver in claimed.items() if solver.weak_order is not None}
+    assert ode == {name for name, *_ in ORDERS}
+    assert weak == {name for name, *_ in WEAK}
+    assert set(claimed) == ode | weak | {"lcm"}  # which solves no equation
+    injecting = {name for name, solver in claimed.items() if hasattr(solver, "s_noise")}
+    assert injecting == weak | {"lcm", "restart"}  # of the latter a test of its own
 
 
 def home(name):
@@ -215,10 +220,12 @@ WEAK = [
     ("er_sde", {"order": 1}, None, 1),
     ("euler_ancestral", {"eta": 0.6}, 0.36, 1),
     ("euler_ancestral", {}, 1.0, 1),
+    ("euler_ancestral_cfg_pp", {"eta": 0.6}, 0.36, 1),
     ("euler_cfg_pp", {"eta": 0.6}, 0.36, 1),
     ("midpoint_reversible", {"eta": 0.6}, 0.36, 1),
     ("res_multistep", {"eta": 0.6}, 0.36, 1),
     ("res_multistep_ancestral", {"eta": 0.6}, 0.36, 1),
+    ("res_multistep_ancestral_cfg_pp", {"eta": 0.6}, 0.36, 1),
     ("res_multistep_cfg_pp", {"eta": 0.6}, 0.36, 1),
     ("sa_solver", {"eta": 0.6}, 0.6, 2),
     ("sa_solver", {}, 1.0, 2),
@@ -277,6 +284,31 @@ def test_weak_order_on_a_linear_sde(name, options, e, order):
     assert weak_order(method, e, [64, 128, 256]) == pytest.approx(order, abs=0.4)
     if name != "dpmpp_sde" or "independent" not in options:
         assert method.weak_order == order
+
+
+@pytest.mark.thorough
+def test_restart_is_of_second_order_between_its_noises():
+    """The exact moments: the ODE keeps the shape of a Gaussian, and the way up adds variance."""
+
+    def down(moments, s, t):
+        ratio = math.hypot(GAUSSIAN.std, t) / math.hypot(GAUSSIAN.std, s)
+        mean, variance = moments
+        return GAUSSIAN.mean + (mean - GAUSSIAN.mean) * ratio, variance * ratio**2
+
+    counts, errors = [32, 64, 128], []
+    for n in counts:
+        sigmas = levels(n, False)
+        low, high = sigmas[3 * n // 4].item(), sigmas[n // 2].item()
+        found = moments(
+            solver("restart", {}), gs.schedules.restart(sigmas, low, high, steps=n // 2, times=2)
+        )
+        exact = down((0.0, 20.0**2), 20.0, low)
+        for _ in range(2):
+            exact = down((exact[0], exact[1] + high**2 - low**2), high, low)
+        exact = down(exact, low, 0.05)
+        errors.append([abs(a - b) for a, b in zip(found, exact, strict=True)])
+    for each in zip(*errors, strict=True):
+        assert fitted(counts, each) == pytest.approx(2, abs=0.3)
 
 
 def test_the_parts_of_one_path_make_dpmpp_sde_a_method_of_second_order():

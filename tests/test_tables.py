@@ -46,6 +46,8 @@ def test_the_rows_say_what_is_known():
     assert tables.row("heun")[2:] == ("2", "", "2", "0", "yes", "no", "levels")
     assert tables.row("seeds_3")[2:] == ("3", "2", "3", "3", "yes", "no", "levels, eta, s_noise")
     assert tables.row("midpoint_reversible")[7] == "yes"
+    assert tables.row("ddim")[4:6] == ("1", "0 (1)")
+    assert tables.row("sa_solver")[5] == "1"
     assert tables.row("ddpm")[1] == "Ancestral sampling of the DDPM posterior"
     assert tables.row("dpmpp_2m_sde_heun")[1] == "SDE-DPM-Solver++(2M); variant=heun"
 

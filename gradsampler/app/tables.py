@@ -55,9 +55,12 @@ def row(name: str) -> tuple[str, ...]:
     program = _recorded(solver)
     middle = program.num_steps // 2
     calls = sum(evaluation.step == middle for evaluation in program.evaluations)
-    draws = sum(step == middle for step, _ in program.noises)
     leapfrog = Leapfrog.of(program)
     fields = [f.name for f in dataclasses.fields(solver)]  # type: ignore[arg-type]
+    draws = str(_draws(program))
+    if draws == "0" and "eta" in fields:
+        noisy = dataclasses.replace(solver, eta=0.5)  # type: ignore[type-var]
+        draws += f" ({_draws(_recorded(noisy))})"
     learns = ["levels", *(each for each in ("eta", "s_noise") if each in fields)]
     return (
         f"`{name}`",
@@ -65,7 +68,7 @@ def row(name: str) -> tuple[str, ...]:
         _number(solver.ode_order),
         _number(solver.weak_order),
         str(calls),
-        str(draws),
+        draws,
         "yes" if solver.flow else "no",
         "yes" if leapfrog is not None and leapfrog.undone else "no",
         ", ".join(learns),
@@ -89,6 +92,11 @@ def summary(solver: Solver) -> str:
 def _recorded(solver: Solver) -> Program:
     model = parameterize(lambda x, sigma: x, "x0")
     return solver.program(schedules.karras(9), model)
+
+
+def _draws(program: Program) -> int:
+    middle = program.num_steps // 2
+    return sum(step == middle for step, _ in program.noises)
 
 
 def _number(order: int | None) -> str:

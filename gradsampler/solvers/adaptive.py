@@ -3,7 +3,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -29,6 +29,10 @@ class Trial(NamedTuple):
     t: float
     error: float  # in units of the tolerance
     accepted: bool
+    h: float  # of the next, in half log-SNR
+
+
+Told = Callable[[Trial, Tensor, Tensor], object]  # with the state at s, and D there
 
 
 class Adaptive(Sweep):
@@ -39,8 +43,13 @@ class Adaptive(Sweep):
     """
 
     @abstractmethod
-    def tried(self, run: Live, x: Tensor, levels: Sequence[float]) -> list[Trial]:
-        """Goes from the state x [B, *state] at the first level to the last positive one."""
+    def tried(
+        self, run: Live, x: Tensor, levels: Sequence[float], told: Told | None = None
+    ) -> list[Trial]:
+        """Goes from the state x [B, *state] at the first level to the last positive one.
+
+        ``told`` is called when a step has been judged, and before its noise is drawn.
+        """
 
 
 class StepSize:
@@ -132,7 +141,9 @@ class DPMAdaptive(Adaptive):
             x = descent.ascended(run, x, self.s_noise)
         return x
 
-    def tried(self, run: Live, x: Tensor, levels: Sequence[float]) -> list[Trial]:
+    def tried(
+        self, run: Live, x: Tensor, levels: Sequence[float], told: Told | None = None
+    ) -> list[Trial]:
         half_log_snr, level = run.coordinates.half_log_snr, run.coordinates.level
         s, lowest = levels[0], [s for s in levels if s > 0][-1]
         if run.coordinates.alpha(s) == 0:
@@ -155,7 +166,9 @@ class DPMAdaptive(Adaptive):
             if not math.isfinite(error) or not now + size.h > now:
                 between = f"between the levels {s:.6g} and {t:.6g}"
                 raise NonFiniteError(f"dpm_adaptive: the state {between} must be finite")
-            trials.append(Trial(s, t, error, size.accepts(error)))
+            trials.append(Trial(s, t, error, size.accepts(error), size.h))
+            if told is not None:
+                told(trials[-1], run.value(here), run.value(denoised))
             if trials[-1].accepted:
                 before = run.value(low)
                 x = run.value(descent.ascended(run, high, self.s_noise))

@@ -77,6 +77,16 @@ def installed() -> bool:
 
 def sampling() -> types.ModuleType:
     """Its sampling module, without the rest of the package."""
+    return loaded("k_diffusion.sampling")
+
+
+def external() -> types.ModuleType:
+    """Its module of denoisers, without the rest of the package."""
+    return loaded("k_diffusion.external")
+
+
+def loaded(module: str) -> types.ModuleType:
+    """One of its modules, without what it imports and does not use here."""
     spec = importlib.util.find_spec("k_diffusion")
     assert spec is not None
     assert spec.origin is not None
@@ -86,11 +96,11 @@ def sampling() -> types.ModuleType:
     utils = types.ModuleType("k_diffusion.utils")
     utils.append_dims = lambda x, dims: x[(...,) + (None,) * (dims - x.ndim)]
     stubs["k_diffusion.utils"] = stubs["k_diffusion"].utils = utils
-    names = [*stubs, "k_diffusion.sampling"]
+    names = [*stubs, "k_diffusion.sampling", "k_diffusion.external"]
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(stubs)
     try:
-        return importlib.import_module("k_diffusion.sampling")
+        return importlib.import_module(module)
     finally:
         for name, module in before.items():
             if module is None:
