@@ -12,9 +12,10 @@ from torch import Tensor
 
 from gradsampler import _checks, solvers
 from gradsampler.elementary import Coefficient
-from gradsampler.engine import weights
+from gradsampler.engine import parts, weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
+from gradsampler.engine.parallel import Parallel
 from gradsampler.engine.program import START, Program
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.noise.sources import NoiseSource, Off, SignedRoll
@@ -84,15 +85,17 @@ def trajectory(
         _checks.fail("state_dtype", "be a floating-point dtype of 16 bits or more", state_dtype)
     widest = z0.dtype if start is None else torch.promote_types(z0.dtype, start.dtype)
     state = state_dtype or torch.promote_types(widest, torch.float32)
+    conditioning = Conditioning(cond)
     return Trajectory(
         program,
         model,
         source,
-        Conditioning(cond),
+        conditioning,
         backends.choose(backend, z0.device),
         state,
         model_dtype(model, z0),
         Observer(program),
+        Parallel.of(lambda: parts.reachable(model, conditioning).modules),
         start=None if start is None else start.to(state),
     )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient of a run by its transposed program, one model call's activations at a time."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -102,7 +103,12 @@ class Adjoint:
         self._numbers: list[float] = trajectory.program.coefficients.tolist()
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
-        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._circumstances = Circumstances(
+            z0.device,
+            trajectory.model,
+            trajectory.cond,
+            agreement=trajectory.parallel.agreement,
+        )
         self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
@@ -128,7 +134,13 @@ class Adjoint:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
         trajectory = self._trajectory
         known = [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._start]
-        return [*known, *self._leaves.values()]
+        return [*known, *self._parameters()]
+
+    def _parameters(self) -> list[Tensor]:
+        """What the found leaves stand for outside of the run."""
+        parallel = self._trajectory.parallel
+        owners = ((leaf, parallel.owner(leaf)) for leaf in self._leaves.values())
+        return [leaf if owner is None else owner for leaf, owner in owners]
 
     def release(self) -> tuple[Tensor, list[Tensor]]:
         """Hands the output and the kept states over: what autograd owns is freed by it."""
@@ -184,13 +196,14 @@ class Adjoint:
             for pair in zip(self._sketches[evaluation.state.call], again, strict=True)
         ]
         flags = changed([pair for _, pair in pairs])
-        steps = [step for (step, _), flag in zip(pairs, flags, strict=True) if flag]
-        if steps:
-            raise ReplayError(
-                f"the denoiser must return the same when it is called again, got another output at "
-                f"step {min(steps)}; does it draw from a generator that is not seen in it, as "
-                "numpy's, or were weights or inputs changed since? memory='store' calls it once"
-            )
+        failures, self._circumstances.failures = self._circumstances.failures, {}
+        for (step, _), flag in zip(pairs, flags, strict=True):
+            if flag:
+                failures.setdefault(step, _another(step))
+        # All ranks raise, or none: else the others would wait for the next run of this one.
+        first = self._trajectory.parallel.agreement.least(min(failures, default=math.inf))[0]
+        if first < math.inf:
+            raise failures.get(int(first)) or _another(int(first), " on another rank")
 
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
@@ -198,6 +211,17 @@ class Adjoint:
         known = [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._start]
         asked = self._wanted or self._levels or any(x.requires_grad for x in known)
         return asked or bool(self._leaves)
+
+    def pulled(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        """The gradients of the run; those that processes share are reduced. As `backward`."""
+        parallel = self._trajectory.parallel
+        with parallel.backward():
+            gradients = self.backward(lam, kept, wants_z0)
+        parameters = self._parameters()
+        first = len(self.inputs()) - len(parameters)
+        for k, parameter in enumerate(parameters, first):
+            gradients.tensor(k, parallel.reduced(parameter))
+        return gradients
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
         """Runs the transposed program.
@@ -272,8 +296,12 @@ class Adjoint:
         skipped = range(len(self._cond), len(inner) - len(self._leaves))
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
         levels = [level] if self._levels else []
-        leaves = list(self._leaves.values())
-        with graph.without_hooks(leaves), self._circumstances.drawing_nothing(evaluation):
+        leaves, parallel = list(self._leaves.values()), self._trajectory.parallel
+        with (
+            graph.without_hooks(leaves),
+            parallel.catching(leaves),
+            self._circumstances.drawing_nothing(evaluation),
+        ):
             g, *rest = torch.autograd.grad(
                 [output for output, _ in pairs],
                 [scaled, *levels, *(inner[k] for k in wanted)],
@@ -286,7 +314,8 @@ class Adjoint:
             if dlevel is not None:
                 gradients.number(evaluation.c_noise, torch.ones_like(level), dlevel)
         for k, gradient in zip(wanted, rest, strict=True):
-            gradients.tensor(k, gradient)
+            if parallel.owner(inner[k]) is None:
+                gradients.tensor(k, gradient)
         if g is not None:
             self._trajectory.observer.finite(evaluation, g, "the gradient")
             gradients.number(evaluation.c_in, x, g)
@@ -350,6 +379,14 @@ class Adjoint:
             gradients.tensor(len(self._cond) + k, gradient)
 
 
+def _another(step: int, where: str = "") -> ReplayError:
+    return ReplayError(
+        "the denoiser must return the same when it is called again, got another output at step "
+        f"{step}{where}; does it draw from a generator that is not seen in it, as numpy's, or were "
+        "weights or inputs changed since? memory='store' calls it once"
+    )
+
+
 class Connection(torch.autograd.Function):
     """Puts a finished run into the autograd graph."""
 
@@ -372,7 +409,7 @@ class Connection(torch.autograd.Function):
             )
         _, _, *saved = ctx.saved_tensors
         inputs, kept = saved[: ctx.count - 1], saved[ctx.count - 1 :]
-        gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
+        gradients = ctx.adjoint.pulled(lam, kept, ctx.needs_input_grad[1])
         sums = (gradients.tensors.get(k) for k in range(len(inputs)))
         rest = [g if g is None else g.to(x.dtype) for g, x in zip(sums, inputs, strict=True)]
         return None, gradients.z0, gradients.numbers(), *rest

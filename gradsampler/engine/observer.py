@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.program import Evaluation, Program, Slot
 
 
@@ -35,11 +36,13 @@ class Observer:
         callback: Callable[[StepInfo], object] | None = None,
         progress: bool = False,
         check_finite: bool = False,
+        agreement: Agreement | None = None,
     ) -> None:
         self._numbers: list[float] = program.coefficients.tolist()
         self._num_steps = program.num_steps
         self._callback = callback
         self._check_finite = check_finite
+        self._agreement = agreement or Agreement()
         self._unread: list[tuple[Tensor, Evaluation, str]] = []  # checks that a device has made
         self._bar = tqdm(total=program.num_steps, desc="sampling", disable=not progress)
         self._step = -1
@@ -78,24 +81,29 @@ class Observer:
     def finite(self, evaluation: Evaluation, value: Tensor, what: str) -> None:
         """Raises NonFiniteError, if that check is on and a value is NaN or infinite.
 
-        On another device than the CPU `settle` does, so that no step waits for the device.
+        On another device than the CPU `settle` does, so that no step waits for the device; and
+        where ranks make the same calls, so that they raise alike.
         """
         if self._check_finite:
             self._unread.append((torch.isfinite(value).all().logical_not(), evaluation, what))
-            if value.device.type == "cpu":
+            if value.device.type == "cpu" and self._agreement.alone:
                 self.settle()
 
     def settle(self) -> None:
         """Reads the checks made since the last time, all at once, and raises for the first."""
         unread, self._unread = self._unread, []
+        if not self._check_finite:
+            return
         flags = torch.stack([flag for flag, _, _ in unread]).tolist() if unread else []
-        for flag, (_, evaluation, what) in zip(flags, unread, strict=True):
-            if flag:
-                sigma = self._numbers[evaluation.sigma]
-                raise NonFiniteError(
-                    f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {sigma:.6g}) "
-                    "must be finite, got NaN or infinity"
-                )
+        # All ranks have made the same checks, and so raise for the same one.
+        first = self._agreement.first(flags)
+        if first is not None:
+            _, evaluation, what = unread[first]
+            sigma = self._numbers[evaluation.sigma]
+            raise NonFiniteError(
+                f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {sigma:.6g}) "
+                f"must be finite, got NaN or infinity{self._agreement.elsewhere(flags[first])}"
+            )
 
     def _end_step(self, following: int) -> None:
         if 0 <= self._step < self._num_steps:  # a step may have no evaluation

@@ -13,6 +13,7 @@ from gradsampler.contract import MAX_TERMS, Draw
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
+from gradsampler.engine.parallel import Parallel, arrived
 from gradsampler.engine.program import (
     START,
     Z0,
@@ -58,6 +59,7 @@ class Trajectory:
     state_dtype: torch.dtype  # of the state between model calls
     model_dtype: torch.dtype  # of the model's input
     observer: Observer
+    parallel: Parallel = field(default_factory=Parallel)  # what processes share of the model
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
 
@@ -224,7 +226,8 @@ class Trajectory:
         before = version(x)
         branches = [slot.branch for slot in evaluation.writes]
         try:
-            outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
+            with self.parallel.call():
+                outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
         except RuntimeError as error:
             weights.explain(error, self.model, x, level, cond)
             raise
@@ -235,6 +238,7 @@ class Trajectory:
                 "a change in place",
                 "give the denoiser x.clone()",
             )
+        outputs = tuple(map(arrived, outputs))
         for output in outputs:
             name = f"denoiser: the output at step {evaluation.step}"
             _checks.prediction(name, output)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep as much as there is room for."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,16 +49,18 @@ class Auto(Memory):
             return Store().run(trajectory, z0)
         count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()
         free = capacity.free(z0.device)
-        if free is None:
-            return _connected(trajectory, z0, Resident(), room=0.0)
-        if count * size <= _STATES * free:
-            return _connected(trajectory, z0, Resident(), _USED * free - count * size)
-        if z0.device.type != "cpu":
-            host = capacity.free(torch.device("cpu"))
-            if host is not None and count * size <= _STATES * host:
-                return _connected(trajectory, z0, Host(count), _USED * free)
-        slots = int(_STATES * free) // (size * _snapshot(trajectory))
-        return Revolve(max(1, slots)).run(trajectory, z0)
+        here = free is None or count * size <= _STATES * free
+        host = None if here or z0.device.type == "cpu" else capacity.free(torch.device("cpu"))
+        there = here or (host is not None and count * size <= _STATES * host)
+        slots = math.inf if free is None else int(_STATES * free) // (size * _snapshot(trajectory))
+        # Where ranks wait for the calls of one another, the one with the least room decides.
+        least = trajectory.parallel.agreement.least(here, there, slots)
+        if least[0]:
+            room = 0.0 if free is None else _USED * free - count * size
+            return _connected(trajectory, z0, Resident(), room)
+        if least[1] and z0.device.type != "cpu":
+            return _connected(trajectory, z0, Host(count), 0.0 if free is None else _USED * free)
+        return Revolve(max(1, int(min(least[2], count)))).run(trajectory, z0)
 
 
 def _connected(trajectory: Trajectory, z0: Tensor, states: States, room: float) -> Tensor:
@@ -117,7 +120,8 @@ class _Keeping(Adjoint):
         graph = saved.beside(tensors) + sum(x.numel() * x.element_size() for x in tensors)
         # The gradients that are alive within a backward belong to tensors of the call, so they
         # take about as much as its graph at most.
-        return min(len(self._index), max(0, int(self._room / graph - 1)))
+        fitting = min(len(self._index), max(0, int(self._room / graph - 1)))
+        return int(self._trajectory.parallel.agreement.least(fitting)[0])
 
     def _again(self, evaluation: Evaluation) -> Call:
         call = self._calls.pop(evaluation, None)

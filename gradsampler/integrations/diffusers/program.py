@@ -140,6 +140,7 @@ def run(
         program, model, z0, noise=noise, cond=session.carrying(rehearsal.turns[0].names)
     )
     with Observer(program) as observer:
-        x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
+        seen, start = replace(trajectory, observer=observer), z0.to(trajectory.state_dtype)
+        x = trajectory.parallel.run(lambda: strategy.run(seen, start))
     results = {name: x.to(rehearsal.names[name].dtype) for name in table.results}
     return {**rehearsal.names, **results}, x.to(z0.dtype)
