@@ -31,15 +31,19 @@ CELLS = [
 ]
 
 
-# DDP itself has no autograd.grad, no no_sync under static_graph, and waits for a parameter without
-# a gradient, as in a truncated run, where it does not look for such.
+# What the wrappers themselves do not have. DDP: autograd.grad, no_sync under static_graph, frozen
+# networks; and it waits for a parameter without a gradient, as in a truncated run, where it does not
+# look for such. FSDP2: autograd.grad by its shards, which a run has where it is no plain autograd.
 def served(wrapper, strategy, target, way):
-    plain = wrapper.startswith("ddp") and wrapper != "ddp-unused"
-    return not (
-        (plain and way == "grad")
-        or (wrapper.startswith("ddp-static") and way == "no_sync")
-        or (wrapper in ("ddp", "ddp-view", "ddp-buckets", "ddp-run") and strategy == "truncated")
-    )
+    if wrapper.startswith("ddp"):
+        waits = wrapper not in ("ddp-unused", "ddp-static", "ddp-static-view", "ddp-experts")
+        return not (
+            way == "grad"
+            or target == "frozen"
+            or (way == "no_sync" and "static" in wrapper)
+            or (waits and strategy == "truncated")
+        )
+    return not (strategy == "store" and way == "grad")
 
 
 CASES = list(dict.fromkeys([*QUICK, *("/".join(cell) for cell in CELLS if served(*cell))]))

@@ -25,6 +25,7 @@ from gradsampler.engine.program import (
 )
 from gradsampler.engine.replay import ReplayError, Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
+from gradsampler.noise.sharded import Sharded
 
 
 class States(Protocol):
@@ -348,7 +349,12 @@ class Adjoint:
         if output is not None and any(s in cot for s in b):
             cot[output.writes] = mu
         if absorption is not None and (draw is None or self._levels):
-            self._absorb(absorption, cot[slot], gradients, done=draw is not None)
+            part = draw is None and isinstance(self._trajectory.noise, Sharded)
+            done = draw is not None or (
+                part and self._absorb_part(absorption, cot[slot], gradients)
+            )
+            if self._levels or not done:
+                self._absorb(absorption, cot[slot], gradients, done=done)
         for further in descent.absorptions[1:]:
             self._absorb(further, cot[slot], gradients)
 
@@ -377,6 +383,37 @@ class Adjoint:
         gradients.add_z0(cotangent.z0)
         for k, gradient in cotangent.tensors.items():
             gradients.tensor(len(self._cond) + k, gradient)
+
+    def _absorb_part(self, absorption: Absorption, lam: Tensor, gradients: Gradients) -> bool:
+        """Has the backend do for a part of a batch what it does within a launch for the whole.
+
+        Returns:
+            Whether it does that, so that the share of z0 is known.
+        """
+        noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
+        assert isinstance(noise, Sharded)
+        if not noise.of_z0 or gradients.z0 is None:
+            return False
+        window = noise.window(self._z0)
+        draw = window.source.draw(window.z0, *name)
+        if draw is None or draw.kind == GIVEN:
+            return False
+        dz0 = window.spread(gradients.z0)
+        self._trajectory.backend.adjoint_step(
+            [window.spread(lam)],
+            [1.0],
+            None,
+            0.0,
+            None,
+            window.z0,
+            draw,
+            self._numbers[absorption.injection.coefficient],
+            dz0,
+            mu_dtype=None,
+            lam_dtype=self._trajectory.state_dtype,
+        )
+        gradients.z0.copy_(window.own(dz0))
+        return True
 
 
 def _another(step: int, where: str = "") -> ReplayError:

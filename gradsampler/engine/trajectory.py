@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.contract import MAX_TERMS, Draw
+from gradsampler.contract import GIVEN, MAX_TERMS, Draw
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
@@ -25,6 +25,7 @@ from gradsampler.engine.program import (
     Stage,
     Terms,
 )
+from gradsampler.noise.sharded import Sharded
 from gradsampler.noise.sources import NoiseSource, draw_of, name_of
 from gradsampler.ops.backends import Backend
 from gradsampler.parameterization import Parameterization
@@ -185,7 +186,7 @@ class Trajectory:
         for injection, amount in zip(injections, amounts, strict=True):
             assert z0 is not None
             named = (injection.step, self.program.num_steps, injection.draw)
-            draws.append((draw_of(self.noise, z0, *named, self.state_dtype), amount))
+            draws.append((self._drawn(z0, *named), amount))
         wide = torch.promote_types(self.state_dtype, torch.float32)
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
@@ -195,6 +196,18 @@ class Trajectory:
             tensors = [partial, *tensors[MAX_TERMS:]]
             factors = [1.0, *factors[MAX_TERMS:]]
         return tensors, factors, z0, *(draws[0] if draws else (None, 0.0))
+
+    def _drawn(self, z0: Tensor, step: int, num_steps: int, draw: int) -> Draw:
+        """One injection as numbers; that of a shard, as this backend draws it for the whole."""
+        name = name_of(step, num_steps, draw)
+        if not isinstance(self.noise, Sharded) or self.noise.draw(z0, *name) is not None:
+            return draw_of(self.noise, z0, step, num_steps, draw, self.state_dtype)
+        window = self.noise.window(z0)
+        numbers = draw_of(window.source, window.z0, step, num_steps, draw, self.state_dtype)
+        nothing = torch.zeros_like(window.z0)  # without a term it would be another backend's
+        wide = torch.promote_types(self.state_dtype, torch.float32)
+        noise = self.backend.step_fwd([nothing], [0.0], window.z0, numbers, 1.0, out_dtype=wide)
+        return Draw(GIVEN, numbers.step, given=window.own(noise).contiguous())
 
     def name(self, injection: Injection) -> tuple[int, ...]:
         """What the noise of an injection is called, as an argument of its source."""
