@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from support import agreeing, ranks
+from support import agreeing, ranks, searching
 from support.sharing import MEMORIES, TARGETS, WAYS, WRAPPERS
 
 QUICK = [
@@ -32,8 +32,8 @@ CELLS = [
 
 
 # What the wrappers themselves do not have. DDP: autograd.grad, no_sync under static_graph, frozen
-# networks; and it waits for a parameter without a gradient, as in a truncated run, where it does not
-# look for such. FSDP2: autograd.grad by its shards, which a run has where it is no plain autograd.
+# networks; and it waits for a parameter without a gradient, as in a truncated run, unless it is
+# told to look for such. FSDP2: autograd.grad by its shards, but where a run is no plain autograd.
 def served(wrapper, strategy, target, way):
     if wrapper.startswith("ddp"):
         waits = wrapper not in ("ddp-unused", "ddp-static", "ddp-static-view", "ddp-experts")
@@ -64,3 +64,12 @@ def test_gradients_are_those_of_one_process(cases, tmp_path):
 def test_all_ranks_do_the_same(tmp_path):
     names = [name for name in agreeing.CASES if name not in QUICK_AGREEING]
     ranks.check([f"agreeing {name}" for name in names], tmp_path)
+
+
+@pytest.mark.thorough
+def test_searches_over_noises(tmp_path):
+    folders = {name: tmp_path / name for name in searching.CASES}
+    for folder in folders.values():
+        folder.mkdir()
+    cases = [f"searching {name} {folder}" for name, folder in folders.items()]
+    ranks.check(cases, tmp_path / "ranks")

@@ -349,10 +349,7 @@ class Adjoint:
         if output is not None and any(s in cot for s in b):
             cot[output.writes] = mu
         if absorption is not None and (draw is None or self._levels):
-            part = draw is None and isinstance(self._trajectory.noise, Sharded)
-            done = draw is not None or (
-                part and self._absorb_part(absorption, cot[slot], gradients)
-            )
+            done = draw is not None or self._absorb_part(absorption, cot[slot], gradients)
             if self._levels or not done:
                 self._absorb(absorption, cot[slot], gradients, done=done)
         for further in descent.absorptions[1:]:
@@ -391,8 +388,7 @@ class Adjoint:
             Whether it does that, so that the share of z0 is known.
         """
         noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
-        assert isinstance(noise, Sharded)
-        if not noise.of_z0 or gradients.z0 is None:
+        if not isinstance(noise, Sharded) or not noise.of_z0 or gradients.z0 is None:
             return False
         window = noise.window(self._z0)
         draw = window.source.draw(window.z0, *name)

@@ -35,14 +35,21 @@ class Agreement:
 
     def least(self, *values: float) -> tuple[float, ...]:
         """The least of each value over all ranks: one small reduction."""
+        return self._reduced(values, dist.ReduceOp.MIN)
+
+    def sums(self, *values: float) -> tuple[float, ...]:
+        """The sum of each value over all ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: tuple[float, ...], op: Any) -> tuple[float, ...]:
         if not self._groups:
             return values
-        least = torch.tensor(values, dtype=torch.float64)
+        reduced = torch.tensor(values, dtype=torch.float64)
         for group in self._groups:
-            there = least.to(_device(group))
-            dist.all_reduce(there, dist.ReduceOp.MIN, group=group)
-            least = there.cpu()
-        return tuple(least.tolist())
+            there = reduced.to(_device(group))
+            dist.all_reduce(there, op, group=group)
+            reduced = there.cpu()
+        return tuple(reduced.tolist())
 
     def first(self, flags: Sequence[bool]) -> int | None:
         """The place of the first flag that is set on any rank."""

@@ -2,10 +2,12 @@
 """Optimises initial noise through a whole sampling run."""
 
 import inspect
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,6 +23,7 @@ from gradsampler.engine.randomness import RandomState
 from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
 from gradsampler.optimization.statistics import RunningStatistics
+from gradsampler.optimization.team import Team
 from gradsampler.parameterization import Parameterization
 from gradsampler.sampling import sample
 
@@ -62,6 +65,7 @@ def optimize(
     identity: Mapping[str, str] | None = None,
     progress: bool = False,
     check_finite: bool = True,
+    group: Any = None,
     **sample_kwargs: Any,
 ) -> OptimizeResult:
     """Minimises ``loss(sample(z0)) + regularizer(z0)`` over the initial noise.
@@ -88,6 +92,13 @@ def optimize(
             stands in place of what is seen of it.
         progress: shows a bar with loss and gradient norm.
         check_finite: stops with NonFiniteError before a NaN or an infinity reaches z0.
+        group: a process group, such as ``torch.distributed.group.WORLD``, whose ranks all make this
+            call with the same arguments and share the batch: each optimises its own samples, with
+            the step noises that they have in the whole. Tensors in ``start`` and ``cond`` with a
+            row for each sample are cut as z0 is. Loss and regularizer then are means over the
+            samples that they get, so that the numbers are those of one process, to rounding. One
+            bar and one file, of the first rank, from which any number of ranks goes on; result and
+            history are the whole on all. An error on one rank is one on all.
         **sample_kwargs: passed on to `sample`.
 
     Returns:
@@ -109,11 +120,12 @@ def optimize(
     """
     _check_arguments(z0, steps, lr, grad_clip, optimizer, loss, regularizer)
     levels = checked_levels(sigmas, flow=sample_kwargs.get("prediction") == "flow")
-    noise = z0.detach().clone().requires_grad_()
+    team = Team(group, len(z0))
+    noise = team.own(z0.detach()).clone().requires_grad_()
     update = optimizer([noise], lr=lr)
     sample_kwargs["check_finite"] = check_finite
     history: list[OptimizeStep] = []
-    journal = None
+    journal = run = None
     if checkpoint is not None:
         settings = _settings(
             update,
@@ -128,40 +140,68 @@ def optimize(
         )
         seen = Identity(settings)
         named = {name: {"": text} for name, text in (identity or {}).items()}
-        journal = Journal(checkpoint, seen.by_argument() | named)
         held = parts.reachable(settings).generators
-        run = _Run(noise, update, RunningStatistics(seen), held)
-        history = run.resume(journal.load())
+        run = _Run(noise, update, RunningStatistics(seen), held, team)
 
-    with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
+        def opened() -> tuple[Journal, dict[str, Any] | None] | None:
+            if team.rank:
+                return None
+            journal = Journal(checkpoint, seen.by_argument() | named)
+            return journal, journal.load()
+
+        first = team.together(opened, "the checkpoint")
+        journal = None if first is None else first[0]
+        history = run.resume(team.from_first(None if first is None else first[1]))
+    options = team.options(denoiser, levels, sample_kwargs)
+
+    def differentiated() -> float:
+        """Leaves the gradient in the noise's ``.grad``; the loss."""
+        value = loss(sample(denoiser, noise, sigmas, **options))
+        _check_value("loss", value, finite=check_finite, step=len(history))
+        objective = -value if maximize else value
+        if regularizer is not None:
+            penalty = regularizer(noise)
+            if isinstance(penalty, int | float):
+                penalty = torch.tensor(float(penalty))
+            _check_value("regularizer", penalty, finite=check_finite, step=len(history))
+            objective = objective + penalty
+        if not team.alone:
+            objective = team.share * objective
+        noise.grad = _gradient(value, objective, noise)
+        if check_finite and not bool(torch.isfinite(noise.grad).all()):
+            _stop("gradient", float(noise.grad.norm()), len(history))
+        return float(value.item())
+
+    shown = progress and team.rank == 0
+    with tqdm(total=steps, initial=len(history), desc="optimising", disable=not shown) as bar:
         while len(history) < steps:
             start = time.perf_counter()
-            value = loss(sample(denoiser, noise, sigmas, **sample_kwargs))
-            _check_value("loss", value, finite=check_finite, step=len(history))
-            objective = -value if maximize else value
-            if regularizer is not None:
-                penalty = regularizer(noise)
-                if isinstance(penalty, int | float):
-                    penalty = torch.tensor(float(penalty))
-                _check_value("regularizer", penalty, finite=check_finite, step=len(history))
-                objective = objective + penalty
-            noise.grad = _gradient(value, objective, noise)
-            size = float(noise.grad.norm())
-            if check_finite and not bool(torch.isfinite(noise.grad).all()):
-                _stop("gradient", size, len(history))
-            level = float(noise.detach().square().mean().sqrt())
+            step = f"optimisation step {len(history)}"
+            value = team.together(differentiated, step)
+            assert noise.grad is not None
+            size, level = float(noise.grad.norm()), float(noise.detach().square().mean().sqrt())
+            if not team.alone:
+                share = team.share
+                value, size, level = team.sums(share * value, size**2, share * level**2)
+                size, level = math.sqrt(size), math.sqrt(level)
             if grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_([noise], grad_clip)
+                torch.nn.utils.clip_grads_with_norm_([noise], grad_clip, torch.tensor(size))
             update.step()
             seconds = time.perf_counter() - start
-            history.append(OptimizeStep(value.item(), size, level, seconds))
-            if journal is not None:
-                journal.save(run.state(history))
+            history.append(OptimizeStep(value, size, level, seconds))
+            if run is not None:
+                state = run.state(history)
+                team.together(partial(_save, journal, state), f"the file of {step}")
             bar.set_postfix(loss=f"{history[-1].loss:.4g}", grad=f"{size:.3g}", refresh=False)
             bar.update()
     with torch.no_grad():
-        found = sample(denoiser, noise, sigmas, **sample_kwargs)
-    return OptimizeResult(noise.detach(), found, history)
+        found = team.together(lambda: sample(denoiser, noise, sigmas, **options), "the sample")
+    return OptimizeResult(team.gathered(noise.detach()), team.gathered(found), history)
+
+
+def _save(journal: Journal | None, state: dict[str, Any]) -> None:
+    if journal is not None:
+        journal.save(state)
 
 
 def _check_arguments(
@@ -246,14 +286,16 @@ class _Run:
         update: torch.optim.Optimizer,
         statistics: RunningStatistics,
         held: Sequence[torch.Generator],
+        team: Team,
     ) -> None:
+        self._team = team
         self._noise, self._update, self._held = noise, update, held
         self._statistics = statistics
 
     def state(self, history: list[OptimizeStep]) -> dict[str, Any]:
         return {
-            "z0": self._noise.detach(),
-            "optimizer": self._update.state_dict(),
+            "z0": self._team.gathered(self._noise.detach()),
+            "optimizer": self._mapped(self._update.state_dict(), self._team.gathered, self._noise),
             "history": [tuple(step) for step in history],
             "random": RandomState(self._noise.device, generators=self._held).tensors,
             "buffers": self._statistics.changed(),
@@ -264,8 +306,18 @@ class _Run:
         if state is None:
             return []
         with torch.no_grad():
-            self._noise.copy_(state["z0"])
-        self._update.load_state_dict(state["optimizer"])
+            self._noise.copy_(self._team.own(state["z0"]))
+        whole = state["z0"]
+        self._update.load_state_dict(self._mapped(state["optimizer"], self._team.own, whole))
         self._statistics.restore(state["buffers"])
         RandomState(self._noise.device, state["random"], self._held).restore()
         return [OptimizeStep(*step) for step in state["history"]]
+
+    @staticmethod
+    def _mapped(state: Any, function: Callable[[Tensor], Tensor], like: Tensor) -> Any:
+        """The optimizer's state with what it holds by element of ``like`` mapped."""
+
+        def mapped(x: Any) -> Any:
+            return function(x) if isinstance(x, Tensor) and x.shape == like.shape else x
+
+        return torch.utils._pytree.tree_map(mapped, state)
