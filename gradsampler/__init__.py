@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import memory, noise, ops, schedules, solvers
+from gradsampler import distributed, memory, noise, ops, schedules, solvers
 from gradsampler._version import __version__
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
@@ -33,6 +33,7 @@ __all__ = [
     "__version__",
     "backends",
     "check",
+    "distributed",
     "integrate",
     "iterate",
     "memory",

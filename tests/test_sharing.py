@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from support import agreeing, ranks, searching
+from support import agreeing, ranks, searching, together
 from support.sharing import MEMORIES, TARGETS, WAYS, WRAPPERS
 
 QUICK = [
@@ -73,3 +73,8 @@ def test_searches_over_noises(tmp_path):
         folder.mkdir()
     cases = [f"searching {name} {folder}" for name, folder in folders.items()]
     ranks.check(cases, tmp_path / "ranks")
+
+
+@pytest.mark.thorough
+def test_one_sample_over_two_ranks(tmp_path):
+    ranks.check([f"together {name}" for name in together.CASES], tmp_path)

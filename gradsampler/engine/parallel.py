@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradsampler import _checks
 from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.wrapper import Wrapper
 
@@ -37,6 +38,7 @@ class Parallel:
         from gradsampler.engine.fully_sharded import FullySharded
 
         found = modules()
+        _refuse_unsummed(found)
         wrappers: list[Wrapper] = [
             *DataParallel.among(found),
             *FullySharded.among(found),
@@ -76,6 +78,21 @@ class Parallel:
         """As `Wrapper.reduced`."""
         gradients = (each.reduced(owner) for each in self._wrappers)
         return next((gradient for gradient in gradients if gradient is not None), None)
+
+
+def _refuse_unsummed(modules: Sequence[nn.Module]) -> None:
+    """Raises for diffusers' context parallelism, whose backward leaves shares, where none sums."""
+    shared = [each for each in modules if isinstance(each, Wrapper)]
+    within = {id(x) for each in shared for x in each.modules()}
+    for module in modules:
+        config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+        if config is not None and id(module) not in within:
+            _checks.fail(
+                "denoiser: a network with context parallelism",
+                "have its gradients summed over the ranks",
+                f"a bare {type(module).__name__}",
+                "take gradsampler.distributed.replicated(network, group)",
+            )
 
 
 @contextmanager
