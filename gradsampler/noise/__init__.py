@@ -2,6 +2,7 @@
 """Step noises: what a sampler injects at step i of N, as a function of the initial noise z0."""
 
 from gradsampler.noise.named import names, register, resolve, typical
+from gradsampler.noise.replayed import Replayed
 from gradsampler.noise.sharded import Sharded
 from gradsampler.noise.sources import (
     Given,
@@ -19,6 +20,7 @@ __all__ = [
     "NoiseSource",
     "Off",
     "Philox",
+    "Replayed",
     "Sharded",
     "SignedRoll",
     "SinCos",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.contract import OFF, SINCOS, Draw
+from gradsampler.noise.replayed import Replayed
 from gradsampler.noise.sources import Cotangent, Given, Injected, NoiseSource, name_of
 
 __all__ = ["Sharded"]
@@ -53,7 +54,7 @@ class Sharded(NoiseSource):
     noise of all samples before it.
 
     Args:
-        source: the noise of the whole; any but `Given`, whose tensors the caller cuts.
+        source: the noise of the whole; any but `Given` and `Replayed`, which the caller cuts.
         offset: where this part begins along ``dim``.
         dim: the axis that is cut, of [B, *state].
         whole: for ``dim`` >= 1: the initial noise [B, *state] of which z0 is the part; may require
@@ -79,8 +80,8 @@ class Sharded(NoiseSource):
     def __post_init__(self) -> None:
         if not isinstance(self.source, NoiseSource):
             _checks.fail_type("Sharded: source", "be a gradsampler.noise object", self.source)
-        if isinstance(self.source, (Given, Sharded)):
-            hint = "cut its tensors" if isinstance(self.source, Given) else "name one axis"
+        if isinstance(self.source, (Given, Replayed, Sharded)):
+            hint = "name one axis" if isinstance(self.source, Sharded) else "cut what it gives"
             _checks.fail("Sharded: source", "be the noise of a whole", repr(self.source), hint)
         _checks.integer("Sharded: offset", self.offset, 0)
         _checks.integer("Sharded: dim", self.dim, 0)
@@ -144,7 +145,7 @@ class Sharded(NoiseSource):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return () if self.whole is None else (self.whole,)
+        return (*self.source.tensors, *(() if self.whole is None else (self.whole,)))
 
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         window = self.window(z0)
@@ -155,10 +156,12 @@ class Sharded(NoiseSource):
     ) -> Cotangent:
         window = self.window(z0)
         name = name_of(step, num_steps, draw)
-        pulled = self.source.transpose(window.spread(g), window.z0, *name).z0
+        pulled, tensors = self.source.transpose(window.spread(g), window.z0, *name)
         if pulled is None:
-            return Cotangent(None, {})
-        return Cotangent(window.own(pulled), {}) if self.dim == 0 else Cotangent(None, {0: pulled})
+            return Cotangent(None, tensors)
+        if self.dim == 0:
+            return Cotangent(window.own(pulled), tensors)
+        return Cotangent(None, {**tensors, len(self.source.tensors): pulled})
 
     def prepare(self, z0: Tensor, injected: Sequence[Injected]) -> NoiseSource:
         whole = self.whole

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranks that share a batch of noises: each optimises its own, and all know of all."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
 from gradsampler.arguments import record
@@ -45,10 +47,17 @@ class Team:
         """Whether there is one rank."""
         return self._size == 1
 
-    @property
-    def share(self) -> float:
-        """This rank's part of the samples, as the weight of a mean over them."""
-        return self._length / self._batch
+    def weighed(self, mean: Tensor) -> Tensor:
+        """A mean over this rank's samples as its share of the mean over all."""
+        return mean if self.alone else self._length / self._batch * mean
+
+    def totals(self, mean: float, norm: float, root: float) -> tuple[float, float, float]:
+        """Of all samples: a mean over them, a norm, and the root of a mean square."""
+        if self.alone:
+            return mean, norm, root
+        share = self._length / self._batch
+        mean, norm, root = self._agreement.sums(share * mean, norm**2, share * root**2)
+        return mean, math.sqrt(norm), math.sqrt(root)
 
     def own(self, x: T) -> T:
         """What of a whole is this rank's: of a tensor with a sample in each row, its rows."""
@@ -63,11 +72,13 @@ class Team:
         options = dict(sample_kwargs)
         if self.alone:
             return options
+        if sigmas.ndim != 1:
+            _checks.fail("sigmas", "be those of all samples where ranks share these", sigmas.shape)
         if options.get("start") is not None:
             options["start"] = self.own(options["start"])
         cond = options.get("cond")
         if cond is not None:
-            options["cond"] = torch.utils._pytree.tree_map(self.own, cond)
+            options["cond"] = pytree.tree_map(self.own, cond)
         noise = options.get("noise")
         if isinstance(noise, Given):
             options["noise"] = Given([self.own(x) for x in noise.tensors])
@@ -78,10 +89,6 @@ class Team:
         if program.noises:
             options["noise"] = Sharded(noise or SignedRoll(seed=0), self.offset)
         return options
-
-    def sums(self, *values: float) -> list[float]:
-        """The sum of each value over the ranks."""
-        return [float(x) for x in self._agreement.sums(*values)]
 
     def gathered(self, x: Tensor) -> Tensor:
         """The whole [B, ...] of which each rank has its rows, on every rank."""
