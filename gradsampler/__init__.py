@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import memory, noise, ops, rewards, schedules, solvers
+from gradsampler import distributed, memory, noise, ops, rewards, schedules, solvers
 from gradsampler._version import __version__
 from gradsampler.decoding.decode import decode
 from gradsampler.engine.observer import NonFiniteError, StepInfo
@@ -35,6 +35,7 @@ __all__ = [
     "backends",
     "check",
     "decode",
+    "distributed",
     "integrate",
     "iterate",
     "memory",

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gradsampler import _checks, solvers, transforms
 from gradsampler.elementary import Coefficient
-from gradsampler.engine import weights
+from gradsampler.engine import parts, weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
+from gradsampler.engine.parallel import Parallel
 from gradsampler.engine.program import START, Program
 from gradsampler.engine.samples import together
 from gradsampler.engine.trajectory import Trajectory
@@ -98,16 +99,18 @@ def trajectory(
     chosen = backends.choose(backend, z0.device)
     if program.coefficients.requires_grad:  # whose op knows one way alone
         chosen = replace(chosen, torch_up_to=0)
+    conditioning = Conditioning(cond)
     return Trajectory(
         program,
         model,
         source,
-        Conditioning(cond),
+        conditioning,
         chosen,
         state,
         model_dtype(model, z0),
         Observer(program),
         z0.device,
+        Parallel.of(lambda: parts.reachable(model, conditioning).modules),
         start=None if start is None else start.to(state),
     )
 

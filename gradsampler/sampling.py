@@ -224,9 +224,14 @@ def integrate(
     source = trajectory.noise
     energy = Energy(z0) if program.noises and source.of_z0 and source.normal else None
     with Observer(
-        program, callback=callback, progress=progress, check_finite=check_finite
+        program,
+        callback=callback,
+        progress=progress,
+        check_finite=check_finite,
+        agreement=trajectory.parallel.agreement,
     ) as observer:
-        x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
+        seen, first = replace(trajectory, observer=observer), z0.to(trajectory.state_dtype)
+        x = trajectory.parallel.run(lambda: strategy.run(seen, first))
     if energy is not None:
         energy.judge()
     return x.to(z0.dtype)

@@ -19,6 +19,7 @@ from scipy import stats
 from gradsampler import contract, noise
 from gradsampler.noise import sources
 from gradsampler.noise.replayed import Replayed
+from gradsampler.noise.sharded import Sharded
 from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 from support.philox import (
     DTYPES,
@@ -88,6 +89,11 @@ def mixture_formula(other, angle, seed=0):
     )
 
 
+def sharded_formula(z0, i, n):
+    whole = np.concatenate([np.zeros((5, *z0.shape[1:])), z0])
+    return signed_roll_formula(7)(whole, i, n)[5:]
+
+
 def given_formula(z0, i, n):
     return np.random.default_rng(100 + i).standard_normal(z0.shape)
 
@@ -110,6 +116,7 @@ CASES = {
     "philox_big_seed": Case(
         lambda z0: Philox(2**64 - 1), philox_formula(2**64 - 1), gradient=False
     ),
+    "sharded": Case(lambda z0: Sharded(SignedRoll(7), offset=5), sharded_formula),
     "given": Case(lambda z0: Given(tensors_like(z0)), given_formula, gradient=False),
     "mixture_off": Case(
         lambda z0: Mixture(Off(), 0.6, 3), mixture_formula(off_formula, 0.6, 3), gradient=False
@@ -904,7 +911,7 @@ def test_the_sources_are_values():
 
 def test_public_names_are_pinned():
     assert sorted(noise.__all__) == [
-        "Given", "Mixture", "NoiseSource", "Off", "Philox", "Replayed", "SignedRoll",
+        "Given", "Mixture", "NoiseSource", "Off", "Philox", "Replayed", "Sharded", "SignedRoll",
         "SinCos", "names", "register", "resolve", "typical",
     ]  # fmt: skip
 
@@ -916,7 +923,7 @@ def test_the_registry_has_every_source():
     typical = noise.typical(normal((3, 7)), 2)
     classes = {value for value in vars(noise).values() if inspect.isclass(value)} - {NoiseSource}
     assert {type(source) for source in typical.values()} == classes
-    needing = {Mixture, Given, Replayed}  # arguments
+    needing = {Mixture, Given, Replayed, Sharded}  # arguments
     assert {type(noise.resolve(name)) for name in noise.names()} == classes - needing
 
 

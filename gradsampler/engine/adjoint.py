@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gradient of a run by its transposed program, one model call's activations at a time."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +27,7 @@ from gradsampler.engine.program import (
 )
 from gradsampler.engine.replay import Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
+from gradsampler.noise.sharded import Sharded
 from gradsampler.repetition import ReplayError
 
 
@@ -140,7 +142,12 @@ class Adjoint:
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
         self._circumstances = (
-            Circumstances(z0.device, trajectory.model, trajectory.cond)
+            Circumstances(
+                z0.device,
+                trajectory.model,
+                trajectory.cond,
+                agreement=trajectory.parallel.agreement,
+            )
             if opening is None
             else opening.circumstances
         )
@@ -171,7 +178,13 @@ class Adjoint:
         """All that the run depends on beside z0 and the coefficients, found leaves included."""
         trajectory = self._trajectory
         known = [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._start]
-        return [*known, *self._leaves.values()]
+        return [*known, *self._parameters()]
+
+    def _parameters(self) -> list[Tensor]:
+        """What the found leaves stand for outside of the run."""
+        parallel = self._trajectory.parallel
+        owners = ((leaf, parallel.owner(leaf)) for leaf in self._leaves.values())
+        return [leaf if owner is None else owner for leaf, owner in owners]
 
     def release(self) -> tuple[Tensor, list[Tensor]]:
         """Hands the output and the kept states over: what autograd owns is freed by it."""
@@ -242,13 +255,14 @@ class Adjoint:
             for pair in zip(self._sketches[evaluation.state.call], again, strict=True)
         ]
         flags = changed([pair for _, pair in pairs])
-        steps = [step for (step, _), flag in zip(pairs, flags, strict=True) if flag]
-        if steps:
-            raise ReplayError(
-                f"the denoiser must return the same when it is called again, got another output at "
-                f"step {min(steps)}; does it draw from a generator that is not seen in it, as "
-                "numpy's, or were weights or inputs changed since? memory='store' calls it once"
-            )
+        failures, self._circumstances.failures = self._circumstances.failures, {}
+        for (step, _), flag in zip(pairs, flags, strict=True):
+            if flag:
+                failures.setdefault(step, _another(step))
+        # All ranks raise, or none: else the others would wait for the next run of this one.
+        first = self._trajectory.parallel.agreement.least(min(failures, default=math.inf))[0]
+        if first < math.inf:
+            raise failures.get(int(first)) or _another(int(first), " on another rank")
 
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
@@ -256,6 +270,19 @@ class Adjoint:
         known = [*trajectory.cond.tensors, *trajectory.noise.tensors, *self._start]
         asked = self._wanted or self._levels or any(x.requires_grad for x in known)
         return asked or bool(self._leaves)
+
+    def pulled(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+        """The gradients of the run; those that processes share are reduced. As `backward`."""
+        parallel = self._trajectory.parallel
+        if not parallel:
+            return self.backward(lam, kept, wants_z0)
+        with parallel.backward():
+            gradients = self.backward(lam, kept, wants_z0)
+        parameters = self._parameters()
+        first = len(self.inputs()) - len(parameters)
+        positions = list(range(first, first + len(parameters)))
+        gradients.add(positions, [parallel.reduced(each) for each in parameters])
+        return gradients
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
         """Runs the transposed program.
@@ -340,8 +367,12 @@ class Adjoint:
         if not pulled:
             return
         levels = [level] if self._levels else []
-        silent = graph.without_hooks(list(self._leaves.values()))
-        with silent, self._circumstances.drawing_nothing(evaluation):
+        leaves, parallel = list(self._leaves.values()), self._trajectory.parallel
+        with (
+            graph.without_hooks(leaves),
+            parallel.catching(leaves),
+            self._circumstances.drawing_nothing(evaluation),
+        ):
             g, *rest = graph.pulled(
                 pulled,
                 [scaled, *levels, *inner.values()],
@@ -353,6 +384,9 @@ class Adjoint:
             if dlevel is not None:
                 each = dlevel[:, None]
                 gradients.number(evaluation.c_noise, torch.ones_like(each), each)
+        if parallel:
+            owned = [parallel.owner(x) is not None for x in inner.values()]
+            rest = [None if there else g for there, g in zip(owned, rest, strict=True)]
         gradients.add(list(inner), rest)
         if g is not None:
             self._trajectory.observer.finite(evaluation, g, "the gradient")
@@ -396,7 +430,9 @@ class Adjoint:
         if output is not None and any(s in cot for s, _ in output.terms):
             cot[output.writes] = mu
         if absorption is not None and (draw is None or self._levels):
-            self._absorb(absorption, cot[slot], gradients, done=draw is not None)
+            done = draw is not None or self._absorb_part(absorption, cot[slot], gradients)
+            if self._levels or not done:
+                self._absorb(absorption, cot[slot], gradients, done=done)
         for further in descent.absorptions[1:]:
             self._absorb(further, cot[slot], gradients)
 
@@ -424,6 +460,46 @@ class Adjoint:
         positions = [len(self._cond) + k for k in cotangent.tensors]
         gradients.add(positions, list(cotangent.tensors.values()))
 
+    def _absorb_part(self, absorption: Absorption, lam: Tensor, gradients: Gradients) -> bool:
+        """Has the backend do for a part of a batch what it does within a launch for the whole.
+
+        Returns:
+            Whether it does that, so that the share of z0 is known.
+        """
+        noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
+        if not isinstance(noise, Sharded) or not noise.of_z0 or gradients.z0 is None:
+            return False
+        if self._trajectory.program.by_sample:
+            return False
+        window = noise.window(self._z0)
+        draw = window.source.draw(window.z0, *name)
+        if draw is None or draw.kind == GIVEN:
+            return False
+        dz0 = window.spread(gradients.z0)
+        self._trajectory.backend.adjoint_step(
+            [window.spread(lam)],
+            [1.0],
+            None,
+            0.0,
+            None,
+            window.z0,
+            draw,
+            self._numbers[absorption.injection.coefficient],
+            dz0,
+            mu_dtype=None,
+            lam_dtype=self._trajectory.state_dtype,
+        )
+        gradients.z0.copy_(window.own(dz0))
+        return True
+
+
+def _another(step: int, where: str = "") -> ReplayError:
+    return ReplayError(
+        "the denoiser must return the same when it is called again, got another output at step "
+        f"{step}{where}; does it draw from a generator that is not seen in it, as numpy's, or were "
+        "weights or inputs changed since? memory='store' calls it once"
+    )
+
 
 class Connection(torch.autograd.Function):
     """Puts a finished run into the autograd graph."""
@@ -448,7 +524,7 @@ class Connection(torch.autograd.Function):
             )
         _, _, *saved = ctx.saved_tensors
         inputs, kept = saved[: ctx.count - 1], saved[ctx.count - 1 :]
-        gradients = ctx.adjoint.backward(lam, kept, ctx.needs_input_grad[1])
+        gradients = ctx.adjoint.pulled(lam, kept, ctx.needs_input_grad[1])
         sums = (gradients.tensors.get(k) for k in range(len(inputs)))
         rest = [g if g is None else g.to(x.dtype) for g, x in zip(sums, inputs, strict=True)]
         return None, gradients.z0, gradients.numbers(), *rest

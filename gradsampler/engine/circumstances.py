@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from gradsampler.engine import parts
+from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.buffers import Buffers, Values
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.randomness import Astray, Moves, Randomness
@@ -32,9 +33,13 @@ class Circumstances:
     Args:
         device: of the run.
         roots: what the model calls are made of.
+        agreement: with those who would wait for further calls; where there are any, what goes wrong
+            in a call is kept for the end of the backward.
     """
 
-    def __init__(self, device: torch.device, *roots: object) -> None:
+    def __init__(
+        self, device: torch.device, *roots: object, agreement: Agreement | None = None
+    ) -> None:
         found = parts.reachable(*roots)
         self._randomness = Randomness(device, found.generators)
         self._buffers = Buffers(found.modules)
@@ -42,6 +47,8 @@ class Circumstances:
         self._autocasts = self._present_autocasts()
         self._cached = torch.is_autocast_cache_enabled()
         self._moments: dict[int, Moment] = {}  # by the call
+        self._agreement = agreement or Agreement()
+        self.failures: dict[int, ReplayError] = {}  # by step, the first of each
 
     @contextmanager
     def captured(self, evaluation: Evaluation) -> Iterator[None]:
@@ -69,30 +76,39 @@ class Circumstances:
 
         try:
             return self._randomness.replay(moves, restored)
-        except Astray:
-            raise ReplayError(
+        except Astray as astray:
+            error = ReplayError(
                 "the denoiser must draw the same numbers when it is called again, got others at "
                 f"step {evaluation.step}; does another thread draw from torch's default generator? "
                 "Let one of them draw from a torch.Generator of its own, or take memory='store'"
-            ) from None
+            )
+            self._fail(evaluation, error)
+            result: T = astray.result
+            return result
 
     def drawing_nothing(self, evaluation: Evaluation) -> AbstractContextManager[None]:
         """Raises ReplayError where the backward of a call draws, if the call does."""
         moves, _ = self._moments[evaluation.state.call]
-        return self._unmoved(moves) if moves else nullcontext()
+        return self._unmoved(evaluation, moves) if moves else nullcontext()
 
     @contextmanager
-    def _unmoved(self, moves: Moves) -> Iterator[None]:
+    def _unmoved(self, evaluation: Evaluation, moves: Moves) -> Iterator[None]:
         try:
             with self._randomness.unmoved(moves):
                 yield
         except Astray:
-            raise ReplayError(
+            error = ReplayError(
                 "the backward of a model call must draw nothing, got a generator that moved; does "
                 "an activation checkpoint inside the denoiser draw anew, or another thread from "
                 "torch's default generator? preserve_rng_state=True replays the default "
                 "generators; draw from others before the checkpoint, and pass the noise in"
-            ) from None
+            )
+            self._fail(evaluation, error)
+
+    def _fail(self, evaluation: Evaluation, error: ReplayError) -> None:
+        if self._agreement.alone:
+            raise error from None
+        self.failures.setdefault(evaluation.step, error)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.program import Evaluation, Program, Slot, column
 
 
@@ -36,11 +37,13 @@ class Observer:
         callback: Callable[[StepInfo], object] | None = None,
         progress: bool = False,
         check_finite: bool = False,
+        agreement: Agreement | None = None,
     ) -> None:
         self._numbers = program.numbers
         self._num_steps = program.num_steps
         self._callback = callback
         self._check_finite = check_finite
+        self._agreement = agreement or Agreement()
         self._unread: list[tuple[Tensor, Evaluation, str]] = []  # checks that a device has made
         self._bar = tqdm(total=program.num_steps, desc="sampling") if progress else None
         self._looks = progress or check_finite or callback is not None
@@ -88,25 +91,30 @@ class Observer:
     def finite(self, evaluation: Evaluation, value: Tensor, what: str) -> None:
         """Raises NonFiniteError, if that check is on and a value is NaN or infinite.
 
-        On another device than the CPU `settle` does, so that no step waits for the device.
+        On another device than the CPU `settle` does, so that no step waits for the device; and
+        where ranks make the same calls, so that they raise alike.
         """
         if self._check_finite:
             self._unread.append((torch.isfinite(value).all().logical_not(), evaluation, what))
-            if value.device.type == "cpu":
+            if value.device.type == "cpu" and self._agreement.alone:
                 self.settle()
 
     def settle(self) -> None:
         """Reads the checks made since the last time, all at once, and raises for the first."""
         unread, self._unread = self._unread, []
+        if not self._check_finite:
+            return
         flags = torch.stack([flag for flag, _, _ in unread]).tolist() if unread else []
-        for flag, (_, evaluation, what) in zip(flags, unread, strict=True):
-            if flag:
-                sigma = torch.as_tensor(self._numbers[evaluation.sigma])
-                level = f"{sigma.max().item():.6g}"  # of the noisiest sample
-                raise NonFiniteError(
-                    f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {level}) "
-                    "must be finite, got NaN or infinity"
-                )
+        # All ranks have made the same checks, and so raise for the same one.
+        first = self._agreement.first(flags)
+        if first is not None:
+            _, evaluation, what = unread[first]
+            sigma = torch.as_tensor(self._numbers[evaluation.sigma])
+            level = f"{sigma.max().item():.6g}"  # of the noisiest sample
+            raise NonFiniteError(
+                f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {level}) "
+                f"must be finite, got NaN or infinity{self._agreement.elsewhere(flags[first])}"
+            )
 
     def _end_step(self, following: int) -> None:
         # A step may have no evaluation.

@@ -95,7 +95,7 @@ class Randomness:
             for move in replayed:
                 self._generators[move.place].set_state(now[move.place])
         if astray:
-            raise Astray
+            raise Astray(result)
         return result
 
     @contextmanager
@@ -130,7 +130,15 @@ class Randomness:
 
 
 class Astray(Exception):
-    """A generator is not where a call that is made again should leave it."""
+    """A generator is not where a call that is made again should leave it.
+
+    Args:
+        result: what the call returned.
+    """
+
+    def __init__(self, result: Any = None) -> None:
+        super().__init__()
+        self.result = result
 
 
 class _Watch(TorchDispatchMode):

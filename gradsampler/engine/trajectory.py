@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.contract import MAX_TERMS, Draw
+from gradsampler.contract import GIVEN, MAX_TERMS, Draw
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
+from gradsampler.engine.parallel import Parallel, arrived
 from gradsampler.engine.program import (
     START,
     Z0,
@@ -26,6 +27,7 @@ from gradsampler.engine.program import (
     Terms,
     column,
 )
+from gradsampler.noise.sharded import Sharded
 from gradsampler.noise.sources import Injected, NoiseSource, draw_of, name_of
 from gradsampler.ops.backends import Backend
 from gradsampler.parameterization import Parameterization
@@ -60,6 +62,7 @@ class Trajectory:
     model_dtype: torch.dtype  # of the model's input
     observer: Observer
     device: torch.device
+    parallel: Parallel = field(default_factory=Parallel)  # what processes share of the model
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
     learned: Sequence[Tensor] | None = None  # the coefficients, where autograd is to reach them
@@ -220,8 +223,16 @@ class Trajectory:
         draw = self.draw(injection, z0)
         if draw is not None:
             return draw
-        step, number = injection.noise
-        return draw_of(self.noise, z0, step, self.program.num_steps, number, self.state_dtype)
+        source, (step, number), num_steps = self.noise, injection.noise, self.program.num_steps
+        if not isinstance(source, Sharded):
+            return draw_of(source, z0, step, num_steps, number, self.state_dtype)
+        # That of a part, as this backend draws it for the whole.
+        window = source.window(z0)
+        numbers = draw_of(window.source, window.z0, step, num_steps, number, self.state_dtype)
+        nothing = torch.zeros_like(window.z0)  # without a term it would be another backend's
+        wide = torch.promote_types(self.state_dtype, torch.float32)
+        noise = self.backend.step_fwd([nothing], [0.0], window.z0, numbers, 1.0, out_dtype=wide)
+        return Draw(GIVEN, numbers.step, given=window.own(noise).contiguous())
 
     def name(self, injection: Injection) -> tuple[int, ...]:
         """What the noise of an injection is called, as an argument of its source."""
@@ -273,7 +284,8 @@ class Trajectory:
         before = version(x)
         branches = [slot.branch for slot in evaluation.writes]
         try:
-            outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
+            with self.parallel.call():
+                outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
         except RuntimeError as error:
             weights.explain(error, self.model, x, level, cond)
             raise
@@ -284,6 +296,7 @@ class Trajectory:
                 "a change in place",
                 "give the denoiser x.clone()",
             )
+        outputs = tuple(map(arrived, outputs))
         for output in outputs:
             if not _alike(output, x):
                 self._check_output(evaluation, output, x)

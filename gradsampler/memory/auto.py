@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep as much as there is room for."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -68,25 +69,27 @@ class Auto(Memory):
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
         count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()
-        free = self._left(z0)
-        if free is None:
-            return _connected(trajectory, z0, Resident(), room=0.0)
-        opening = None
-        if count > 1 and _plain(trajectory, z0.device):
+        free, opening = self._left(z0), None
+        if free is not None and count > 1 and _plain(trajectory, z0.device):
             begun = Begun(trajectory, z0)
             # The gradients that are alive within a call's backward take about as much as its graph.
             if begun.plain and (count + 1) * begun.kept + 4 * size <= _USED * free:
                 return begun.finished()
             opening = begun.opening()
             del begun
-        if count * size <= _STATES * free:
-            return _connected(trajectory, z0, Resident(), _USED * free - count * size, opening)
-        if z0.device.type != "cpu":
-            host = capacity.free(torch.device("cpu"))
-            if host is not None and count * size <= _STATES * host:
-                return _connected(trajectory, z0, Host(count), _USED * free, opening)
-        slots = int(_STATES * free) // (size * _snapshot(trajectory))
-        return Revolve(max(1, slots)).run(trajectory, z0, opening)
+        here = free is None or count * size <= _STATES * free
+        host = None if here or z0.device.type == "cpu" else capacity.free(torch.device("cpu"))
+        there = here or (host is not None and count * size <= _STATES * host)
+        slots = math.inf if free is None else int(_STATES * free) // (size * _snapshot(trajectory))
+        # Where ranks wait for the calls of one another, the one with the least room decides.
+        least = trajectory.parallel.agreement.least(here, there, slots)
+        if least[0]:
+            room = 0.0 if free is None else _USED * free - count * size
+            return _connected(trajectory, z0, Resident(), room, opening)
+        if least[1] and z0.device.type != "cpu":
+            room = 0.0 if free is None else _USED * free
+            return _connected(trajectory, z0, Host(count), room, opening)
+        return Revolve(max(1, int(min(least[2], count)))).run(trajectory, z0, opening)
 
     def _left(self, z0: Tensor) -> int | None:
         """What is free, and not needed by what follows the run."""
@@ -103,7 +106,7 @@ class Auto(Memory):
 
 def _plain(trajectory: Trajectory, device: torch.device) -> bool:
     """Whether autograd itself gives the gradients of a run, as precise as ours."""
-    if trajectory.program.coefficients.requires_grad:
+    if trajectory.program.coefficients.requires_grad or trajectory.parallel:
         return False
     if any(torch.is_autocast_enabled(kind) for kind in {"cpu", device.type}):
         return False  # autocast's copies of the weights live through all calls
@@ -222,7 +225,8 @@ class _Keeping(Adjoint):
         # The gradients that are alive within a backward belong to tensors of the call, so they
         # take about as much as its graph at most.
         count = len(trajectory.program.evaluations)
-        return count - min(count, max(0, int(self._room / graph - 1)))
+        fitting = min(count, max(0, int(self._room / graph - 1)))
+        return count - int(trajectory.parallel.agreement.least(fitting)[0])
 
     def _run(self) -> Tensor:
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:

@@ -88,6 +88,7 @@ class Reversible(Memory):
             start = _largest(trajectory.start)
             reach = max(reach, start / level if level < torch.inf else start)
         reach = max(reach, 8.0) if reach < torch.inf else 8.0
+        reach = trajectory.parallel.agreement.largest(reach)  # the same integers on all ranks
         unit = scheme.format(trajectory.program, self.amplitude, reach, trajectory.state_dtype)
         return Pair(trajectory, scheme, unit)
 
@@ -139,7 +140,7 @@ class Pair:
             terms, injections = self._rest.terms, self._rest.injections
             output = self._trajectory.combine(terms, slots, injections, z0)
         trajectory.observer.finished()
-        if self._overflow.item():
+        if self._trajectory.parallel.agreement.any(bool(self._overflow.item())):
             self._refuse()
         return output
 
@@ -224,6 +225,7 @@ class _Reversing(Adjoint):
         self._pair = pair
         self._evaluations = trajectory.program.evaluations
         self._silent = trajectory.unobserved()
+        self._agreement = trajectory.parallel.agreement
         self._digest = torch.empty(0)  # of the last evaluation's outputs
         self._there = True  # whether the pair is at the end of the run
         super().__init__(trajectory, Resident(), z0)  # which stays empty
@@ -244,7 +246,7 @@ class _Reversing(Adjoint):
             self._there = False
             try:
                 gradients = super().backward(lam, kept, wants_z0)
-                if not self._pair.returned(self._z0):
+                if self._agreement.any(not self._pair.returned(self._z0)):
                     _differs("some step")
             finally:
                 self._pair.free()
@@ -260,7 +262,8 @@ class _Reversing(Adjoint):
         j = self._index[evaluation.state]
         x, scaled = self._pair.state(j)
         call = self._repeated(evaluation, x, scaled)
-        if evaluation is self._evaluations[-1] and bool(_digest(call.outputs) != self._digest):
+        last = evaluation is self._evaluations[-1]
+        if last and self._agreement.any(bool(_digest(call.outputs) != self._digest)):
             _differs(f"step {evaluation.step}")
         outputs = [output.detach() for output in call.outputs]
         slots = {evaluation.state: x, **dict(zip(evaluation.writes, outputs, strict=True))}

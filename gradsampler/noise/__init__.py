@@ -3,6 +3,7 @@
 
 from gradsampler.noise.named import names, register, resolve, typical
 from gradsampler.noise.replayed import Replayed
+from gradsampler.noise.sharded import Sharded
 from gradsampler.noise.sources import (
     Given,
     Mixture,
@@ -20,6 +21,7 @@ __all__ = [
     "Off",
     "Philox",
     "Replayed",
+    "Sharded",
     "SignedRoll",
     "SinCos",
     "names",

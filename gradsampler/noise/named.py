@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.noise.replayed import Replayed
+from gradsampler.noise.sharded import Sharded
 from gradsampler.noise.sources import (
     Given,
     Mixture,
@@ -34,6 +35,7 @@ _REGISTRY: dict[str, Family] = {
     "signed_roll": Family(SignedRoll, lambda z0, n: SignedRoll(2**63 + 5)),
     "philox": Family(Philox, lambda z0, n: Philox(2**64 - 1)),
     "mixture": Family(Mixture, lambda z0, n: Mixture(SignedRoll(3), 0.7, 2**40 + 7)),
+    "sharded": Family(Sharded, lambda z0, n: Sharded(SignedRoll(2**62 + 1), offset=3)),
     "given": Family(Given, lambda z0, n: Given([Philox(11).at(z0, k, n) for k in range(n)])),
     "replayed": Family(
         Replayed, lambda z0, n: Replayed(lambda z0, i, draw: Philox(23).at(z0, i, n, draw))

@@ -5,10 +5,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from gradsampler import _checks
@@ -17,6 +19,7 @@ from gradsampler.engine.observer import NonFiniteError
 from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
 from gradsampler.optimization.statistics import RunningStatistics
+from gradsampler.optimization.team import Team
 from gradsampler.repetition import RandomState
 
 __all__ = ["OptimizeResult", "OptimizeStep", "check", "descend"]
@@ -58,6 +61,7 @@ def descend(
     progress: bool,
     check_finite: bool,
     watch: Callable[[int, Tensor], object] | None = None,
+    team: Team | None = None,
 ) -> OptimizeResult:
     """Minimises ``loss(run(z0)) + regularizer(z0)``; the arguments are those of `optimize`.
 
@@ -65,12 +69,14 @@ def descend(
         run: from the noise to what the loss sees, connected for autograd.
         settings: what the numbers depend on beside the arguments here.
         watch: called after each step with its number and what the run gave, detached.
+        team: the ranks that share z0; the run, the loss and the others then get this rank's part.
     """
     check(z0, steps, lr, grad_clip, optimizer, loss, regularizer, projection)
-    noise = z0.detach().clone().requires_grad_()
+    team = team or Team(None, len(z0))
+    noise = team.own(z0.detach()).clone().requires_grad_()
     update = optimizer([noise], lr=lr)
     history: list[OptimizeStep] = []
-    journal = None
+    journal = state = None
     if checkpoint is not None:
         (group, *_) = update.param_groups
         known = {
@@ -85,46 +91,68 @@ def descend(
         }
         seen = Identity(known)
         named = {name: {"": text} for name, text in (identity or {}).items()}
-        journal = Journal(checkpoint, seen.by_argument() | named)
         held = parts.reachable(known).generators
-        state = _State(noise, update, RunningStatistics(seen), held)
-        history = state.resume(journal.load())
+        state = _State(noise, update, RunningStatistics(seen), held, team)
 
-    with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
+        def opened() -> tuple[Journal, dict[str, Any] | None] | None:
+            if team.rank:
+                return None
+            journal = Journal(checkpoint, seen.by_argument() | named)
+            return journal, journal.load()
+
+        file = team.together(opened, "the checkpoint")
+        journal = None if file is None else file[0]
+        history = state.resume(team.from_first(None if file is None else file[1]))
+
+    def differentiated() -> tuple[Tensor, float]:
+        """Leaves the gradient in the noise's ``.grad``; what the run gave, and the loss."""
+        result = run(noise)
+        value = loss(result)
+        _check_value("loss", value, finite=check_finite, step=len(history))
+        objective = -value if maximize else value
+        if regularizer is not None:
+            penalty = regularizer(noise)
+            if isinstance(penalty, int | float):
+                penalty = torch.tensor(float(penalty))
+            _check_value("regularizer", penalty, finite=check_finite, step=len(history))
+            objective = objective + penalty
+        noise.grad = _gradient(value, team.weighed(objective), noise)
+        if check_finite and not bool(torch.isfinite(noise.grad).all()):
+            _stop("gradient", float(noise.grad.norm()), len(history))
+        return result.detach(), value.item()
+
+    shown = progress and team.rank == 0
+    with tqdm(total=steps, initial=len(history), desc="optimising", disable=not shown) as bar:
         while len(history) < steps:
             start = time.perf_counter()
-            result = run(noise)
-            value = loss(result)
-            _check_value("loss", value, finite=check_finite, step=len(history))
-            objective = -value if maximize else value
-            if regularizer is not None:
-                penalty = regularizer(noise)
-                if isinstance(penalty, int | float):
-                    penalty = torch.tensor(float(penalty))
-                _check_value("regularizer", penalty, finite=check_finite, step=len(history))
-                objective = objective + penalty
-            noise.grad = _gradient(value, objective, noise)
-            size = float(noise.grad.norm())
-            if check_finite and not bool(torch.isfinite(noise.grad).all()):
-                _stop("gradient", size, len(history))
-            level = float(noise.detach().square().mean().sqrt())
+            step = f"optimisation step {len(history)}"
+            result, value = team.together(differentiated, step)
+            assert noise.grad is not None
+            size, level = float(noise.grad.norm()), float(noise.detach().square().mean().sqrt())
+            value, size, level = team.totals(value, size, level)
             if grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_([noise], grad_clip)
+                torch.nn.utils.clip_grads_with_norm_([noise], grad_clip, torch.tensor(size))
             update.step()
             if projection is not None:
                 with torch.no_grad():
                     noise.copy_(projection(noise))
             seconds = time.perf_counter() - start
-            history.append(OptimizeStep(value.item(), size, level, seconds))
+            history.append(OptimizeStep(value, size, level, seconds))
             if watch is not None:
-                watch(len(history) - 1, result.detach())
-            if journal is not None:
-                journal.save(state.content(history))
+                watch(len(history) - 1, result)
+            if state is not None:
+                content = state.content(history)
+                team.together(partial(_save, journal, content), f"the file of {step}")
             bar.set_postfix(loss=f"{history[-1].loss:.4g}", grad=f"{size:.3g}", refresh=False)
             bar.update()
     with torch.no_grad():
-        found = run(noise)
-    return OptimizeResult(noise.detach(), found, history)
+        found = team.together(lambda: run(noise), "the sample")
+    return OptimizeResult(team.gathered(noise.detach()), team.gathered(found), history)
+
+
+def _save(journal: Journal | None, content: dict[str, Any]) -> None:
+    if journal is not None:  # another rank has it
+        journal.save(content)
 
 
 def check(
@@ -195,14 +223,15 @@ class _State:
         update: torch.optim.Optimizer,
         statistics: RunningStatistics,
         held: Sequence[torch.Generator],
+        team: Team,
     ) -> None:
         self._noise, self._update, self._held = noise, update, held
-        self._statistics = statistics
+        self._statistics, self._team = statistics, team
 
     def content(self, history: list[OptimizeStep]) -> dict[str, Any]:
         return {
-            "z0": self._noise.detach(),
-            "optimizer": self._update.state_dict(),
+            "z0": self._team.gathered(self._noise.detach()),
+            "optimizer": _mapped(self._update.state_dict(), self._team.gathered, self._noise),
             "history": [tuple(step) for step in history],
             "random": RandomState(self._noise.device, generators=self._held).tensors,
             "buffers": self._statistics.changed(),
@@ -213,8 +242,18 @@ class _State:
         if state is None:
             return []
         with torch.no_grad():
-            self._noise.copy_(state["z0"])
-        self._update.load_state_dict(state["optimizer"])
+            self._noise.copy_(self._team.own(state["z0"]))
+        update = _mapped(state["optimizer"], self._team.own, state["z0"])
+        self._update.load_state_dict(update)
         self._statistics.restore(state["buffers"])
         RandomState(self._noise.device, state["random"], self._held).restore()
         return [OptimizeStep(*step) for step in state["history"]]
+
+
+def _mapped(state: Any, function: Callable[[Tensor], Tensor], like: Tensor) -> Any:
+    """The optimizer's state with what it holds by element of ``like`` mapped."""
+
+    def mapped(x: Any) -> Any:
+        return function(x) if isinstance(x, Tensor) and x.shape == like.shape else x
+
+    return pytree.tree_map(mapped, state)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser, checked_levels
 from gradsampler.optimization.descent import OptimizeResult, OptimizeStep, check, descend
+from gradsampler.optimization.team import Team
 from gradsampler.parameterization import Parameterization
 from gradsampler.sampling import sample
 
@@ -36,6 +37,7 @@ def optimize(
     identity: Mapping[str, str] | None = None,
     progress: bool = False,
     check_finite: bool = True,
+    group: Any = None,
     **sample_kwargs: Any,
 ) -> OptimizeResult:
     """Minimises ``loss(sample(z0)) + regularizer(z0)`` over the initial noise.
@@ -64,6 +66,13 @@ def optimize(
             stands in place of what is seen of it.
         progress: shows a bar with loss and gradient norm.
         check_finite: stops with NonFiniteError before a NaN or an infinity reaches z0.
+        group: a process group, such as ``torch.distributed.group.WORLD``, whose ranks all make this
+            call with the same arguments and share the batch: each optimises its own samples, with
+            the step noises that they have in the whole. Tensors in ``start`` and ``cond`` with a
+            row for each sample are cut as z0 is. Loss and regularizer then are means over the
+            samples that they get, so that the numbers are those of one process, to rounding. One
+            bar and one file, of the first rank, from which any number of ranks goes on; result and
+            history are the whole on all. An error on one rank is one on all.
         **sample_kwargs: passed on to `sample`.
 
     Returns:
@@ -86,8 +95,10 @@ def optimize(
     check(z0, steps, lr, grad_clip, optimizer, loss, regularizer, projection)
     levels = checked_levels(sigmas, flow=sample_kwargs.get("prediction") == "flow")
     sample_kwargs["check_finite"] = check_finite
+    team = Team(group, len(z0))
+    options = team.options(denoiser, levels, sample_kwargs)
     return descend(
-        lambda noise: sample(denoiser, noise, sigmas, **sample_kwargs),
+        lambda noise: sample(denoiser, noise, sigmas, **options),
         z0,
         loss,
         {"denoiser": denoiser, "sigmas": levels, **_settings(sample_kwargs)},
@@ -102,6 +113,7 @@ def optimize(
         identity=identity,
         progress=progress,
         check_finite=check_finite,
+        team=team,
     )
 
 

@@ -146,6 +146,7 @@ def run(
     # The pipeline casts what a model gets itself.
     trajectory = replace(trajectory, model_dtype=z0.dtype)
     with Observer(program) as observer:
-        x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
+        seen, start = replace(trajectory, observer=observer), z0.to(trajectory.state_dtype)
+        x = trajectory.parallel.run(lambda: strategy.run(seen, start))
     results = {name: x.to(rehearsal.names[name].dtype) for name in table.results}
     return {**rehearsal.names, **results}, x.to(z0.dtype)

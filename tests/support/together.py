@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One sample that two ranks compute together: context parallelism."""
+
+import copy
+import warnings
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import gradsampler as gs
+from support.problems import normal
+
+F64 = torch.float64
+SIGMAS = gs.schedules.karras(4, sigma_min=0.1, sigma_max=5.0)
+STRATEGIES = ["store", "checkpoint", "auto", "revolve:2", gs.memory.Truncated(2)]
+CASES = {}
+
+
+def case(function):
+    """Makes a function a case, which has its name."""
+    CASES[function.__name__] = function
+    return function
+
+
+def run(name):
+    CASES[name]()
+
+
+class Gathered(torch.autograd.Function):
+    """Rows of all ranks; backward gives each rank the cotangent of its own, as diffusers does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+
+
+class Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+class Mixer(nn.Module):
+    """Tokens [B, T, C] that see one another's mean; with ``split`` each rank has some of them."""
+
+    def __init__(self, split=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.mean = nn.Linear(3, 3, dtype=F64), nn.Linear(3, 3, dtype=F64)
+        self.split = split
+
+    def forward(self, x, sigma, shift):
+        count = x.shape[1]
+        x = x + 0.1 * shift + 0.01 * sigma[:, None, None]
+        if self.split:
+            x = x.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+        total = x.sum(1, keepdim=True)
+        if self.split:
+            total = Total.apply(total)
+        x = torch.tanh(self.token(x) + self.mean(total / count))
+        return Gathered.apply(x) if self.split else x
+
+
+def gradients(denoiser, parameters, memory):
+    z0 = normal(2, 6, 3).requires_grad_()
+    shift = normal(2, 6, 3, seed=1).requires_grad_()
+    sigmas = SIGMAS.clone().requires_grad_()
+    options = {"cond": {"shift": shift}, "memory": memory, "solver": "euler_ancestral"}
+    x = gs.sample(denoiser, z0, sigmas, **options)
+    return torch.autograd.grad(x.square().sum(), [z0, shift, sigmas, *parameters])
+
+
+@case
+def gradients_are_those_of_one_device():
+    for memory in STRATEGIES:
+        plain, parallel = Mixer(), Mixer(split=True)
+        together = gs.distributed.replicated(parallel)
+        expected = gradients(plain, plain.parameters(), memory)
+        found = gradients(together, parallel.parameters(), memory)
+        alone = gradients(parallel, parallel.parameters(), memory)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
+        if memory != "truncated":
+            assert not torch.allclose(alone[-1], expected[-1], rtol=1e-3)  # what it is for
+
+
+@case
+def ranks_agree():
+    """A network that ranks compute together has them decide alike as well."""
+    count = []
+
+    class Odd(Mixer):
+        def forward(self, x, sigma, shift):
+            count.append(1)
+            odd = dist.get_rank() == 1 and len(count) == 7
+            return super().forward(x, sigma, shift) * (1 + float(odd))
+
+    together = gs.distributed.replicated(Odd(split=True))
+    with pytest.raises(gs.ReplayError):
+        gradients(together, [], "checkpoint")
+
+
+@case
+def the_check_finds_a_wrong_backward():
+    """Central differences tell the shares from the gradient."""
+    cond = {"shift": normal(2, 6, 3, seed=1)}
+    z0 = normal(2, 6, 3).requires_grad_()
+    parallel = Mixer(split=True)
+    for network, right in ((gs.distributed.replicated(parallel), True), (parallel, False)):
+        report = gs.check(network, z0, SIGMAS, cond=cond)
+        assert report.passed == right, str(report)
+
+
+@case
+def diffusers_context_parallelism():
+    """A tiny Flux, Ulysses over two ranks; bare it is refused."""
+    pytest.importorskip("diffusers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import ContextParallelConfig, FluxTransformer2DModel
+
+        torch.manual_seed(0)
+        plain = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=[4, 4, 8],
+        ).requires_grad_(False)
+        parallel = copy.deepcopy(plain)
+        parallel.set_attention_backend("native")
+        with patch("torch.accelerator.device_count", lambda: 1):  # none at all, it divides by that
+            parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        text, pooled = normal(1, 8, 32, seed=1).float(), normal(1, 32, seed=2).float()
+        ids = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], -1)
+
+        def denoiser(network):
+            def called(x, t, text):
+                return network(
+                    hidden_states=x,
+                    timestep=t,
+                    encoder_hidden_states=text,
+                    pooled_projections=pooled,
+                    txt_ids=torch.zeros(8, 3),
+                    img_ids=ids,
+                    return_dict=False,
+                )[0]
+
+            return called
+
+        found = {}
+        for name, network in (
+            ("plain", plain),
+            ("parallel", gs.distributed.replicated(parallel)),
+        ):
+            for memory in ("store", "checkpoint", "auto"):
+                z0 = normal(1, 16, 4).float().requires_grad_()
+                cond = {"text": text.clone().requires_grad_()}
+                x = gs.sample(
+                    denoiser(network),
+                    z0,
+                    gs.schedules.flow(3),
+                    prediction="flow",
+                    cond=cond,
+                    memory=memory,
+                )
+                x.square().sum().backward()
+                found[name, memory] = x.detach(), z0.grad, cond["text"].grad
+        for memory in ("store", "checkpoint", "auto"):
+            pairs = zip(found["plain", memory], found["parallel", memory], strict=True)
+            for expected, got in pairs:
+                assert (got - expected).norm() < 1e-5 * expected.norm()
+        with pytest.raises(ValueError, match="replicated"):
+            gs.sample(denoiser(parallel), z0, gs.schedules.flow(3), prediction="flow", cond=cond)
+
+
+@case
+def dtensors_run_by_their_parts():
+    """Each rank runs its part, with the step noise that a DTensor's placements give it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    options = {"solver": "euler_ancestral", "memory": "checkpoint"}
+    whole = normal(3, 5, 4).requires_grad_()  # fewer elements than any op has a block of
+
+    def denoiser(x, sigma):
+        return 0.5 * x - 0.01 * x * x
+
+    source = gs.noise.SignedRoll(3)
+    expected = gs.sample(denoiser, whole, SIGMAS, noise=source, **options)
+    expected.square().sum().backward()
+    for dim in (0, 1, 2):
+        z0 = distribute_tensor(whole.detach(), mesh, [Shard(dim)]).requires_grad_()
+        with pytest.raises(ValueError, match=r"z0 must be a plain tensor, got a DTensor; give its"):
+            gs.sample(denoiser, z0, SIGMAS)
+        noise = gs.noise.Sharded.of(source, z0)
+        x = gs.sample(denoiser, z0.to_local(), SIGMAS, noise=noise, **options)
+        own = distribute_tensor(expected.detach(), mesh, [Shard(dim)]).to_local()
+        assert torch.equal(x, own)
+        x.square().sum().backward()
+        torch.testing.assert_close(z0.grad.full_tensor(), whole.grad, rtol=1e-12, atol=1e-12)
+    alike = distribute_tensor(whole.detach(), mesh, [Replicate()])
+    assert gs.noise.Sharded.of(source, alike) is source
+    grid = init_device_mesh("cpu", (1, 2))
+    twice = distribute_tensor(whole.detach(), grid, [Shard(0), Shard(1)])
+    with pytest.raises(ValueError, match=r"z0 must be cut along one axis at most"):
+        gs.noise.Sharded.of(source, twice)

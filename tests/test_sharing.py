@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in two processes: training under DistributedDataParallel and fully_shard, agreement."""
+
+from itertools import product
+
+import pytest
+
+from support import agreeing, ranks, searching, together
+from support.sharing import MEMORIES, TARGETS, WAYS, WRAPPERS
+
+QUICK = [
+    "ddp/checkpoint/all/once",
+    "ddp-static/revolve/all/once",
+    "fsdp/checkpoint/all/once",
+    "fsdp/auto/start/no_sync",
+    "fsdp-gathered/store/frozen/joint",
+]
+QUICK_AGREEING = [
+    "auto_keeps_what_the_poorest_rank_has_room_for",
+    "replay_error_of_one_rank_is_raised_on_all",
+    "what_cannot_be_served_is_an_error_before_the_first_call",
+]
+
+# What is unlike in kind meets everything; the flags of a wrapper meet what they could disturb.
+CELLS = [
+    *product(["ddp", "ddp-unused", "ddp-static", "fsdp", "hsdp-2x1"], MEMORIES, ["all"], ["once"]),
+    *product(WRAPPERS, ["store", "checkpoint", "revolve", "auto"], ["all"], ["once"]),
+    *product(["ddp", "fsdp"], ["store", "checkpoint", "reversible", "auto"], TARGETS, ["once"]),
+    *product(["ddp", "fsdp", "hsdp-1x2"], ["store", "checkpoint", "auto"], ["all"], WAYS),
+    *product(WRAPPERS, ["checkpoint"], ["all"], ["twice", "joint", "no_sync"]),
+]
+
+
+# What the wrappers themselves do not have. DDP: autograd.grad, no_sync under static_graph, frozen
+# networks; and it waits for a parameter without a gradient, as in a truncated run, unless it is
+# told to look for such. FSDP2: autograd.grad by its shards, but where a run is no plain autograd.
+def served(wrapper, strategy, target, way):
+    if wrapper.startswith("ddp"):
+        waits = wrapper not in ("ddp-unused", "ddp-static", "ddp-static-view", "ddp-experts")
+        return not (
+            way == "grad"
+            or target == "frozen"
+            or (way == "no_sync" and "static" in wrapper)
+            or (waits and strategy == "truncated")
+        )
+    return not (strategy == "store" and way == "grad")
+
+
+CASES = list(dict.fromkeys([*QUICK, *("/".join(cell) for cell in CELLS if served(*cell))]))
+
+
+def test_the_cheapest_of_each_kind(tmp_path):
+    sharing = [f"sharing {case}" for case in QUICK]
+    ranks.check([*sharing, *(f"agreeing {case}" for case in QUICK_AGREEING)], tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("cases", ranks.chunks([c for c in CASES if c not in QUICK]))
+def test_gradients_are_those_of_one_process(cases, tmp_path):
+    ranks.check([f"sharing {case}" for case in cases], tmp_path)
+
+
+@pytest.mark.thorough
+def test_all_ranks_do_the_same(tmp_path):
+    names = [name for name in agreeing.CASES if name not in QUICK_AGREEING]
+    ranks.check([f"agreeing {name}" for name in names], tmp_path)
+
+
+@pytest.mark.thorough
+def test_searches_over_noises(tmp_path):
+    folders = {name: tmp_path / name for name in searching.CASES}
+    for folder in folders.values():
+        folder.mkdir()
+    cases = [f"searching {name} {folder}" for name, folder in folders.items()]
+    ranks.check(cases, tmp_path / "ranks")
+
+
+@pytest.mark.thorough
+def test_one_sample_over_two_ranks(tmp_path):
+    ranks.check([f"together {name}" for name in together.CASES], tmp_path)
