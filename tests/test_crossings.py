@@ -29,7 +29,9 @@ def _meta_is_a_device(monkeypatch):
     module = SimpleNamespace(device_count=lambda: 0)
     monkeypatch.setattr(torch, "meta", module, raising=False)
     circumstances, cpu = adjoint.Circumstances, torch.device("cpu")
-    monkeypatch.setattr(adjoint, "Circumstances", lambda _, *rest: circumstances(cpu, *rest))
+    monkeypatch.setattr(
+        adjoint, "Circumstances", lambda _, *rest, **more: circumstances(cpu, *rest, **more)
+    )
     monkeypatch.setattr(capacity, "free", lambda device: 2**30)
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(
