@@ -35,7 +35,7 @@ BEGIN, END = "<!-- compared: begin -->", "<!-- compared: end -->"
 LEVELS = torch.tensor([14.6, 6.0, 2.5, 1.0, 0.4, 0.1, 0.0], dtype=torch.float64)
 TARGETS = ("x", "parameter", "levels")
 PEERS = ("k-diffusion", "diffusers", "gradsampler")
-RIGHT = 1e-2  # some schedulers of diffusers compute in float32 inside, which differences show
+RIGHT = 0.05  # some schedulers of diffusers compute in float32 inside, which differences show
 
 _numbers = torch.Generator().manual_seed(0)
 X, WEIGHTS, *NOISES = (

@@ -174,6 +174,7 @@ def test_they_are_found_where_k_diffusion_has_them():
     assert K.sample_euler is sampling.sample_euler is sample_euler
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not table.installed(), reason="k-diffusion is not installed")
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
 def test_the_tables_are_what_the_package_computes():
@@ -342,6 +343,51 @@ def test_eta_and_s_noise_learn():
         assert slope.item() == pytest.approx((ahead - behind).item() / 2e-5, rel=1e-7)
 
 
+def test_churn_learns():
+    """Both its amounts, by differences; at the last level but one it is outside of its window."""
+
+    def sample(s_churn, s_noise):
+        supply = iter(table.NOISES)
+        x = K.sample_heun(
+            GAUSSIAN.denoise,
+            table.Z0 * 5,
+            SIGMAS,
+            s_churn=s_churn,
+            s_tmin=0.5,
+            s_noise=s_noise,
+            noise_sampler=lambda s, t: next(supply),
+        )
+        return (x * recorded.WEIGHTS).sum()
+
+    amounts = [torch.tensor(v, requires_grad=True) for v in (0.8, 1.1)]
+    for k, slope in enumerate(torch.autograd.grad(sample(*amounts), amounts)):
+        ahead, behind = ([0.8, 1.1], [0.8, 1.1])
+        ahead[k], behind[k] = ahead[k] + 1e-5, behind[k] - 1e-5
+        quotient = (sample(*ahead) - sample(*behind)).item() / 2e-5
+        assert slope.item() == pytest.approx(quotient, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler_ancestral", "heun"])
+def test_levels_of_each_sample(name):
+    """Each sample of the batch as alone; a sampler of noise is asked with both their levels."""
+    sigmas = torch.stack([SIGMAS, 0.8 * SIGMAS], 1)
+    asked = []
+
+    def sampler(s, t):
+        asked.append((s.tolist(), t.tolist()))
+        return normal(2, 3, seed=len(asked))
+
+    function = getattr(K, f"sample_{name}")
+    more = {"noise_sampler": sampler} if "ancestral" in name else {}
+    x = function(GAUSSIAN.denoise, X, sigmas, **more)
+    assert asked[:1] == ([([5.0, 4.0], [2.0, 1.6])] if more else [])
+    for k in range(2):
+        supply = iter(normal(2, 3, seed=n)[k : k + 1] for n in range(1, 5))
+        alone = {"noise_sampler": lambda s, t, supply=supply: next(supply)} if more else {}
+        expected = function(GAUSSIAN.denoise, X[k : k + 1], sigmas[:, k], **alone)
+        torch.testing.assert_close(x[k : k + 1], expected, rtol=1e-12, atol=1e-12)
+
+
 # What the model is called with.
 
 
@@ -418,6 +464,10 @@ def test_the_adaptive_one_counts_its_steps():
         (lambda: K.sample_euler(never, X, SIGMAS.tolist()), "sigmas must be a torch.Tensor"),
         (lambda: K.sample_lms(never, X, SIGMAS.flip(0)), "sigmas must"),
         (lambda: K.sample_dpmpp_2m(never, X, SIGMAS[:-1].flip(0)), "sigmas must decrease strictly"),
+        (
+            lambda: K.sample_euler(never, X, SIGMAS.flip(0)[1:, None].expand(4, 2)),
+            "sigmas[:, 0] must decrease strictly",
+        ),
         (lambda: K.sample_lms(never, X, SIGMAS, order=5), "lms: order must be at most 4"),
         (
             lambda: K.sample_euler(never, X, SIGMAS, [3]),

@@ -40,14 +40,15 @@ def sample_euler(
         model: callable (x [B, *state], sigma [B], **extra_args) -> denoised [B, *state]; or a
             network wrapped by gradsampler, as `gradsampler.VP` or `gradsampler.Guided`.
         x: [B, *state] the state at ``sigmas[0]``, of a floating dtype.
-        sigmas: [N+1] levels, positive but for a last one of 0; falling, for `sample_euler`,
-            `sample_heun` and `sample_dpm_2` also rising. Taken to float64.
+        sigmas: [N+1] levels, or [N+1, B] for each sample its own, positive but for a last one of
+            0; falling, for `sample_euler`, `sample_heun` and `sample_dpm_2` also rising. Taken to
+            float64.
         extra_args: keyword arguments of the model.
         callback: called once a step with a dict: x and denoised of the step's first model call, its
             number i, and the levels sigma and sigma_hat, before and after churn.
         disable: hides the progress bar; None hides it where stderr is no terminal.
         s_churn, s_tmin, s_tmax, s_noise: how much noise is added before a step, at levels in
-            [s_tmin, s_tmax], and its factor.
+            [s_tmin, s_tmax], and its factor; s_churn and s_noise may be 0-d tensors that learn.
         noise_sampler: beside k-diffusion's arguments: what is added. None draws
             ``torch.randn_like(x)`` as k-diffusion does; a function (sigma, sigma_next) -> noise
             [B, *state] is called once a noise; a `gradsampler.noise` object such as SignedRoll

@@ -115,7 +115,7 @@ class Run:
         churn: Churn | None = None,
         told: type[Told] = Told,
     ) -> Tensor:
-        """Runs a solver over levels [N+1], from the state x at the first.
+        """Runs a solver over levels [N+1] or [N+1, B], from the state x at the first.
 
         Args:
             sigmas: may require grad.
@@ -132,7 +132,8 @@ class Run:
         if self.extra_args is not None and not isinstance(self.extra_args, Mapping):
             _checks.fail_type("extra_args", "be a dict or None", self.extra_args)
         model = denoiser(self.model)
-        if type(solver) in _BOTH_WAYS and not bool((sigmas.detach().diff(dim=0) < 0).all()):
+        rises = sigmas.ndim == 1 and not bool((sigmas.detach().diff() < 0).all())
+        if type(solver) in _BOTH_WAYS and rises:
             levels = arguments.checked_levels(sigmas, flow=False, monotone=False)
             program = solver.program(levels, model, churn=churn, started=True)
         else:
