@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint docs serve-docs notebook tables bench bench-reversible bench-cpu bench-memory bench-peers bench-noise bench-guides plots pictures sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+.PHONY: demo test test-all coverage lint docs serve-docs notebook tables bench bench-reversible bench-cpu bench-memory bench-peers bench-noise bench-guides plots pictures sanitize dist test-dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -93,7 +93,13 @@ pictures: plots
 # Without isolation: the extension is built against the torch of this environment.
 dist: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet build ninja "setuptools>=77.0.1"
+	rm -rf dist
 	GRADSAMPLER_REQUIRE_EXT=1 $(BIN)/python -m build --no-isolation
+
+# Both files in an empty environment of each Python that is here.
+PYTHONS ?=
+test-dist: dist
+	$(PYTHON) tests/installed.py $(PYTHONS) --torch "$(TORCH)"
 
 # The extension's tests under AddressSanitizer and UBSan, in a copy of the tree: the build here stays.
 # ThreadSanitizer sees only what it compiled: torch's threads would all look like races to it. So the
