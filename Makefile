@@ -41,8 +41,9 @@ serve-docs: $(VENV)/.documented
 notebook: $(VENV)/.documented
 	$(BIN)/python docs/site/notebook.py
 
-tables: $(VENV)/.installed
+tables: $(VENV)/.tested
 	$(BIN)/python -m gradsampler.app.tables docs/solvers.md
+	PYTHONPATH=tests $(BIN)/python -m support.tables docs/diffusers.md
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py

@@ -13,8 +13,10 @@ import torch
 from support.tiers import few
 
 DOCS = Path(__file__).parents[1] / "docs"
-ELSEWHERE = {  # pages that replace an import of a package which is not here
+ELSEWHERE = {  # pages that a test of their own runs, with what they suppose
     "cosmos.md": "test_cosmos.py",
+    "diffusers.md": "test_diffusers_page.py",
+    "guidance.md": "test_guidance.py",
     "guided-diffusion.md": "test_guided_diffusion.py",
     "open-sora.md": "test_open_sora.py",
 }
