@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint docs serve-docs tables bench bench-reversible bench-cpu bench-memory \
-	bench-pipelines bench-gradients sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+.PHONY: demo test test-all coverage lint docs serve-docs notebook tables bench bench-reversible bench-cpu bench-memory \
+	bench-pipelines bench-gradients bench-peers bench-noise bench-guides plots pictures sanitize dist test-dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -38,6 +38,10 @@ docs: $(VENV)/.documented
 serve-docs: $(VENV)/.documented
 	$(MKDOCS) serve
 
+# The first guide as a notebook, executed.
+notebook: $(VENV)/.documented
+	$(BIN)/python docs/site/notebook.py
+
 tables: $(VENV)/.tested
 	$(BIN)/python -m gradsampler.app.tables docs/solvers.md
 	PYTHONPATH=tests $(BIN)/python -m support.tables docs/diffusers.md
@@ -61,11 +65,50 @@ bench-memory: $(VENV)/.tested
 bench-gradients: $(VENV)/.tested
 	PYTHONPATH=benchmarks:tests $(BIN)/python benchmarks/gradients_compared.py \
 		--page docs/gradients-compared.md --picture docs/pictures/gradients-compared.png
+# Beside what is used without us, in an environment of its own. k-diffusion's sampling functions need none of
+# torchvision, wandb and others that it asks for, so these are not installed. CORES is what the rows say.
+PEERS := build/peers
+CORES ?= quiet cores
+bench-peers: $(PEERS)/.installed
+	PYTHONPATH=benchmarks $(PEERS)/bin/python -m peers --cores "$(CORES)"
+
+$(PEERS)/.installed: pyproject.toml benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet ".[diffusers]" -r benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps "k-diffusion==0.1.1.post1"
+	touch $@
+
+bench-noise: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/which_noise.py --cores "$(CORES)"
+
+bench-guides: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/purifier.py --cores "$(CORES)"
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/inverse_problems.py --cores "$(CORES)"
+
+# Pictures of docs/: of rows alone, and those that the guides' scripts draw.
+plots: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/plots.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/figures.py
+
+pictures: plots
+	$(BIN)/gradsampler optimize --starts 8 --out build/demo
+	cp build/demo/digit.png docs/pictures/main-job.png
+	for script in your_own_network fine_tuning which_solver; do \
+		$(BIN)/python examples/$$script.py --out docs/pictures || exit 1; \
+	done
+	$(BIN)/python examples/wrong_gradients.py --out docs/pictures/wrong-gradients.png
 
 # Without isolation: the extension is built against the torch of this environment.
 dist: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet build ninja "setuptools>=77.0.1"
+	rm -rf dist
 	GRADSAMPLER_REQUIRE_EXT=1 $(BIN)/python -m build --no-isolation
+
+# Both files in an empty environment of each Python that is here.
+PYTHONS ?=
+test-dist: dist
+	$(PYTHON) tests/installed.py $(PYTHONS) --torch "$(TORCH)"
 
 # The extension's tests under AddressSanitizer and UBSan, in a copy of the tree: the build here stays.
 # ThreadSanitizer sees only what it compiled: torch's threads would all look like races to it. So the

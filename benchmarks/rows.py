@@ -76,6 +76,17 @@ def append(rows: list[dict[str, str]], folder: Path = RESULTS) -> Path:
     return path
 
 
+def latest(op: str, folder: Path = RESULTS) -> dict[tuple[str, str, str], dict[str, str]]:
+    """The latest row of each variant, shape and metric of an op, from the files of all devices."""
+    found = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if line["op"] == op:
+                    found[line["variant"], line["shape"], line["metric"]] = line
+    return found
+
+
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -13,6 +13,7 @@ import pytest
 from gradsampler.ops import backends
 
 ROOT = Path(__file__).parents[1]
+PLOTS = ("peers", "memory", "purifier", "noise-samples", "noise-gradients")
 
 
 def run(*command, **environment):
@@ -85,6 +86,44 @@ def test_reversible_benchmark_rehearses():
     for part in ("error on 400 digits", "guidance 7.5", "SignedRoll eta", "time over checkpoint"):
         assert part in done.stdout
     assert done.stdout.splitlines()[-1].startswith("rehearsed")
+
+
+@pytest.mark.thorough
+def test_peers_benchmark_rehearses_and_their_gradients_agree():
+    done = run("-m", "peers", "--rehearse", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    line = r"^peers .*? N=\d+ (\w+) +(.*?) +[\d.]+ x .* error (\S+)$"
+    lines = re.findall(line, done.stdout, re.MULTILINE)
+    assert {"euler", "euler_maruyama", "dpmpp_2m_sde"} == {method for method, _, _ in lines}
+    for method, way, error in lines:
+        # A discretised adjoint equation is not the adjoint of the discretised equation.
+        assert (float(error) < 3e-6) != ("adjoint" in way), (method, way, error)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [
+        ("which_noise", ("correlation with z0", "p(7) with other noise", "cosine over draws")),
+        ("purifier", ("classifier alone", "exact, mean of 4", "accuracy without purifier")),
+        ("inverse_problems", ("inpainting", "super-resolution", "by start")),
+    ],
+)
+def test_the_studies_rehearse(script, parts):
+    done = run(f"benchmarks/{script}.py", "--rehearse", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for part in parts:
+        assert part in done.stdout
+
+
+@pytest.mark.thorough
+def test_the_pictures_are_drawn_from_the_rows(tmp_path):
+    done = run("benchmarks/plots.py", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {f"{name}.{kind}" for name in PLOTS for kind in ("png", "svg")}
+    kept = ROOT / "docs" / "pictures"
+    assert all((kept / name).exists() for name in drawn)
 
 
 def test_rows_are_appended_with_their_circumstances(tmp_path, monkeypatch):

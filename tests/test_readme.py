@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import gradsampler as gs
 from support import problems
@@ -67,6 +68,12 @@ def test_the_example_is_the_same_each_time():
 
 def test_claims_the_version_that_is_here():
     assert re.findall(r"gradsampler (\d+\.\d+[.\w]*\w)", text()) == [gs.__version__]
+
+
+def test_the_citation_is_of_the_version_that_is_here():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == gs.__version__
+    assert cited["license"] in text()
 
 
 def test_claims_the_python_that_is_required():

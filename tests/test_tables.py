@@ -52,6 +52,18 @@ def test_the_rows_say_what_is_known():
     assert tables.row("dpmpp_2m_sde_heun")[1] == "SDE-DPM-Solver++(2M); variant=heun"
 
 
+def test_the_tables_of_figures_are_those_of_the_latest_rows(monkeypatch):
+    """In README.md and docs/: every table between two marks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import figures
+
+    pages = figures.pages()
+    assert len(pages) >= 2
+    for path in pages:
+        text = path.read_text()
+        assert text == figures.updated(text), f"{path.name}: run make plots"
+
+
 def test_the_readme_names_how_many_there_are(shipped):
     (count,) = re.findall(r"(\d+) solvers", (ROOT / "README.md").read_text())
     assert int(count) == len(shipped)

@@ -19,12 +19,13 @@ PLACES = {
     "DESIGN.md": "design.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
     "csrc/README.md": "native.md",
     "gradsampler/models/CARD.md": "models.md",
 }
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
-SHOWN = {".py", ".toml", ".h", ".cpp", ".cu", ".cuh", ".yml", ".json", ".jsonl", ".csv"}
+SHOWN = {".cff", ".py", ".toml", ".h", ".cpp", ".cu", ".cuh", ".yml", ".json", ".jsonl", ".csv"}
 
 
 def place(path: str) -> str:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients through a sampling run beside what people use without this package."""
