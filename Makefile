@@ -33,6 +33,7 @@ tables: $(VENV)/.installed
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/calls.py
 
 bench-reversible: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/reversible.py
