@@ -149,15 +149,15 @@ def public_op(table: Rows, cores: str, large: int, rounds: int) -> None:
     agree(ways)
     calls = 200
     clock = partial(thread, calls=calls)
-    measured(table, "public step, sincos", ways, f"1x4, {cores}", rounds, calls, clock)
+    measured(table, "public step, sincos", ways, f"1x4, 1 thread, {cores}", rounds, calls, clock)
     if native.available() is not None:
         return
     torch.set_num_threads(2)
-    x, d, z0, out, other = (torch.randn(1, large) for _ in range(5))
+    x, d, z0, out = (torch.randn(1, large) for _ in range(4))
     options, draw = (z0, source, 17, 50, 0.7), source.draw(z0, 17, 50)
     ways = {
         "raw step_fwd, out": silent(
-            lambda: native.step_fwd([x, d], [0.3, -1.2], z0, draw, 0.7, out=other)
+            lambda: native.step_fwd([x, d], [0.3, -1.2], z0, draw, 0.7, out=out)
         ),
         "gs.ops.step, out": silent(lambda: gs.ops.step([x, d], [0.3, -1.2], *options, out=out)),
         "gs.ops.step": silent(lambda: gs.ops.step([x, d], [0.3, -1.2], *options)),
@@ -194,7 +194,7 @@ def sampling(table: Rows, cores: str, steps: int, rounds: int) -> None:
         }
         for name, ways in groups.items():
             agree(ways)
-            shape = f"1x4 N={steps}, {cores}"
+            shape = f"1x4 N={steps}, 1 thread, {cores}"
             measured(table, f"sample, {title}, {name}", ways, shape, rounds, steps, thread)
 
 
@@ -221,7 +221,7 @@ def tiny_network(table: Rows, cores: str, steps: int, rounds: int) -> None:
     }
     agree(reversible, 1e-3)  # states in integers
     ways["reversible"] = reversible["reversible"]
-    shape = f"64x16 N={steps}, {cores}"
+    shape = f"64x16 N={steps}, 1 thread, {cores}"
     measured(table, "gradient, tiny network", ways, shape, rounds, steps, thread)
 
 
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("op", "sample", "network"), help="one part alone")
     arguments = parser.parse_args()
     small, only, cores = arguments.rehearse, arguments.only, arguments.cores
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     table: Rows = []
     if only in (None, "op"):
@@ -240,6 +241,7 @@ def main() -> None:
         sampling(table, cores, 3 if small else 200, 1 if small else 15)
     if only in (None, "network"):
         tiny_network(table, cores, 3 if small else 200, 1 if small else 9)
+    torch.set_num_threads(threads)
     if small:
         print(f"rehearsed {len(table)} rows")
     else:
