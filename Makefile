@@ -48,6 +48,7 @@ tables: $(VENV)/.tested
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/calls.py
 
 bench-reversible: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/reversible.py

@@ -152,6 +152,8 @@ def integer(argument: str, x: object, least: int) -> int:
 
 def finite(argument: str, x: object, least: float | None = None) -> float:
     """Returns ``x`` as a float if it is a finite real number of at least ``least``."""
+    if type(x) is float and math.isfinite(x) and least is None:
+        return x
     if isinstance(x, bool) or not isinstance(x, Real):
         fail_type(argument, "be a real number", x)
     try:

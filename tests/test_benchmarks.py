@@ -55,6 +55,14 @@ def test_gpu_benchmark_runs_sections_by_name():
 
 
 @pytest.mark.thorough
+def test_calls_benchmark_rehearses_every_part():
+    done = run("benchmarks/calls.py", "--rehearse")
+    assert done.returncode == 0, done.stderr
+    for part in ("public step, sincos", "sample, ODE, no grad", "gradient, tiny network"):
+        assert part in done.stdout
+
+
+@pytest.mark.thorough
 def test_memory_benchmark_rehearses_every_part():
     done = run("benchmarks/memory.py", "--rehearse")
     assert done.returncode == 0, done.stderr

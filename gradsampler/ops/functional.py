@@ -10,7 +10,7 @@ from gradsampler import _checks
 from gradsampler.contract import ANCESTRAL, SIGNED_ROLL, Draw
 from gradsampler.noise import philox
 from gradsampler.noise.sources import NoiseSource, draw_of
-from gradsampler.ops import library
+from gradsampler.ops import backends, library
 
 __all__ = ["ancestral_step", "flow_pair", "reparameterize", "step"]
 
@@ -69,6 +69,24 @@ def step(
     amount = _amount(noise_coef, noise, len(first))
     injection = _injection(noise, z0, step, num_steps, draw, terms)
     dtype = _result_dtype(out, out_dtype, first)
+    read = [x for x in (*terms, tensor, z0, amount) if isinstance(x, Tensor)]
+    if injection is not None and injection.given is not None:
+        read.append(injection.given)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in read)
+    if out is not None and (recorded or (torch.is_grad_enabled() and out.requires_grad)):
+        _checks.fail("step: out", "be None where a gradient is recorded", "a tensor")
+    written = out is not None and _written(out, read, injection)
+    if not recorded and (out is None or written) and library.unwatched(read):
+        result: Tensor = backends.choose(backend, first.device).step_fwd(
+            terms,
+            factors if tensor is None else tensor,
+            z0,
+            injection,
+            amount,
+            out=out,
+            out_dtype=dtype,
+        )
+        return result if result.is_contiguous() or out is not None else result.contiguous()
     words, numbers, given = library.lowered(injection)
     arguments = (
         list(terms),
@@ -82,12 +100,9 @@ def step(
         numbers,
     )
     if out is None:
-        result: Tensor = library.step(*arguments, dtype, backend or "")
+        result = library.step(*arguments, dtype, backend or "")
         return result
-    read = [x for x in (*terms, tensor, z0, given, noise_coef) if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*read, out)):
-        _checks.fail("step: out", "be None where a gradient is recorded", "a tensor")
-    if _written(out, read, injection):
+    if written:
         library.step_out(*arguments, out, backend or "")
         return out
     return out.copy_(library.step(*arguments, dtype, backend or ""))

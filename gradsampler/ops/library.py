@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradsampler import transforms
 from gradsampler.contract import Draw
@@ -43,6 +44,20 @@ def _register(
 
 def _backend(name: str, x: Tensor) -> backends.Backend:
     return backends.choose(name or None, x.device)
+
+
+def unwatched(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody but the backend would see an op of these: no compiler, mode or transform.
+
+    Then the op's way through the dispatcher, which costs more than few elements, can be left out.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and forward_ad._current_level < 0
+    )
 
 
 def lowered(draw: Draw | None) -> tuple[list[int], list[float], Tensor | None]:
