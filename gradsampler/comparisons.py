@@ -55,7 +55,7 @@ class Witness(Memory):
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         self.trajectory, self.z0 = trajectory, z0
         self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
-        numbers: list[float] = trajectory.program.coefficients.tolist()
+        numbers = trajectory.program.numbers(z0.device)
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             seen, level = trajectory.model_input(evaluation, x, scaled, numbers)
@@ -78,8 +78,8 @@ class Witness(Memory):
         )
 
     def sigma(self, evaluation: Evaluation) -> float:
-        """The noise level of a call."""
-        return float(self.trajectory.program.coefficients[evaluation.sigma])
+        """The noise level of a call, of the noisiest sample."""
+        return float(self.trajectory.program.coefficients[evaluation.sigma].max())
 
 
 def of_call(

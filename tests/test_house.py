@@ -43,10 +43,12 @@ FLOORS = [
     "kernels.*",
     "noise.*",
     "guidance",
+    "batching",
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
-    "contract _checks _uncompiled _version",
+    "transforms",
+    "contract _checks _uncompiled _version repetition",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from gradsampler import _checks
 from gradsampler.decoding.blocks import blocks, blockwise
 from gradsampler.decoding.halo import Piece, exact_tiles
-from gradsampler.engine.randomness import RandomState
 from gradsampler.memory import capacity
 from gradsampler.memory.saved import Saved
+from gradsampler.repetition import RandomState
 
 __all__ = ["decode", "fits", "kept"]
 

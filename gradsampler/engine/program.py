@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.elementary import as_float
 from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization, parameterize
@@ -36,11 +37,13 @@ __all__ = [
     "Descent",
     "Evaluation",
     "Injection",
+    "Numbers",
     "Program",
     "Pullback",
     "Recorder",
     "Slot",
     "Stage",
+    "column",
     "fused",
     "transpose",
 ]
@@ -60,6 +63,7 @@ Z0 = Slot("z0")
 START = Slot("start")
 Key = TypeVar("Key", Slot, Injected)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
+Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d or [B]
 
 
 class Injection(NamedTuple):
@@ -156,7 +160,8 @@ class Program:
     """The instructions of a run in order, and the vector of all its numbers."""
 
     instructions: tuple[Instruction, ...]
-    coefficients: Tensor  # [C] float64 on the CPU; carries the gradient to the levels
+    # [C] float64 on the CPU, or [C, B] for levels of each sample; carries the gradient to them
+    coefficients: Tensor
     num_steps: int
     output: Slot
 
@@ -190,8 +195,22 @@ class Program:
 
     @cached_property
     def transposed(self) -> "Program":
-        """The program of the gradient; what lies between two model calls is one instruction."""
-        return fused(transpose(self))
+        """The program of the gradient; what lies between two model calls is one instruction, where
+        the numbers are those of all samples.
+        """
+        return transpose(self) if self.by_sample else fused(transpose(self))
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether each sample has numbers of its own."""
+        return self.coefficients.ndim == 2
+
+    def numbers(self, device: torch.device) -> Numbers:
+        """The coefficients as floats, or by sample as tensors [B] on ``device``."""
+        if not self.by_sample:
+            floats: list[float] = self.coefficients.tolist()
+            return floats
+        return self.coefficients.detach().to(device).unbind()
 
     @cached_property
     def dead(self) -> list[set[Slot]]:
@@ -478,6 +497,13 @@ def _vector(numbers: Sequence[Coefficient]) -> Tensor:
     return torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in numbers])
 
 
+def column(c: float | Tensor, x: Tensor) -> float | Tensor:
+    """A coefficient so that it multiplies x [B, *state]: one of each sample [B] as a column."""
+    if isinstance(c, Tensor) and c.ndim == 1:
+        return c.to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return c
+
+
 def _absent(c: Coefficient) -> bool:
     # A zero that depends on the levels stays: its value is 0, its derivative is not.
-    return bool(c == 0) and not (isinstance(c, Tensor) and c.requires_grad)
+    return bool(c == 0) and not (isinstance(c, Tensor) and transforms.followed(c))

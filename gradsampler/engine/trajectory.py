@@ -19,16 +19,17 @@ from gradsampler.engine.program import (
     Evaluation,
     Injection,
     Instruction,
+    Numbers,
     Program,
     Slot,
     Stage,
     Terms,
+    column,
 )
 from gradsampler.noise.sources import NoiseSource, draw_of, name_of
 from gradsampler.ops.backends import Backend
 from gradsampler.parameterization import Parameterization
 
-Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
 Evaluate = Callable[[Evaluation, Tensor, Tensor | None], Sequence[Tensor]]
 
 
@@ -127,7 +128,8 @@ class Trajectory:
     ) -> tuple[Tensor, Tensor | None]:
         """A state, and from the same launch the model's input if that differs from it."""
         scale = None
-        if isinstance(following, Evaluation) and self._exact(stage, slots):
+        shared = not self.program.by_sample
+        if shared and isinstance(following, Evaluation) and self._exact(stage, slots):
             c_in = numbers[following.c_in]
             if c_in != 1.0 or self.model_dtype != self.state_dtype:
                 scale = c_in
@@ -175,7 +177,7 @@ class Trajectory:
         injections: Sequence[Injection],
         amounts: list[Any],
         z0: Tensor | None,
-    ) -> tuple[list[Tensor], list[Any], Tensor | None, Draw | None, Any]:
+    ) -> tuple[list[Tensor], Any, Tensor | None, Draw | None, Any]:
         """The arguments of one launch, which takes few tensors and one noise; what is beyond that
         is added up in launches before.
         """
@@ -184,15 +186,18 @@ class Trajectory:
             assert z0 is not None
             named = (injection.step, self.program.num_steps, injection.draw)
             draws.append((draw_of(self.noise, z0, *named, self.state_dtype), amount))
-        wide = torch.promote_types(self.state_dtype, torch.float32)
+        wide, by_sample = (
+            torch.promote_types(self.state_dtype, torch.float32),
+            self.program.by_sample,
+        )
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
             partial = self.backend.step_fwd(
-                tensors[:MAX_TERMS], factors[:MAX_TERMS], z0, *noise, out_dtype=wide
+                tensors[:MAX_TERMS], _together(factors[:MAX_TERMS]), z0, *noise, out_dtype=wide
             )
             tensors = [partial, *tensors[MAX_TERMS:]]
-            factors = [1.0, *factors[MAX_TERMS:]]
-        return tensors, factors, z0, *(draws[0] if draws else (None, 0.0))
+            factors = [torch.ones_like(factors[0]) if by_sample else 1.0, *factors[MAX_TERMS:]]
+        return tensors, _together(factors), z0, *(draws[0] if draws else (None, 0.0))
 
     def name(self, injection: Injection) -> tuple[int, ...]:
         """What the noise of an injection is called, as an argument of its source."""
@@ -204,7 +209,7 @@ class Trajectory:
         """What the model is called with: the scaled state [B, *state] and the level [B]."""
         c_in, c_noise = numbers[evaluation.c_in], numbers[evaluation.c_noise]
         if scaled is None:
-            scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
+            scaled = x if isinstance(c_in, float) and c_in == 1.0 else column(c_in, x) * x
         dtype = torch.promote_types(self.model_dtype, torch.float32)
         if isinstance(c_noise, float):  # filled on the device: a copy to it would stall the host
             level = torch.full((), c_noise, dtype=dtype, device=x.device)
@@ -242,6 +247,12 @@ class Trajectory:
                 _checks.shape(name, output, x.shape)
             _checks.device(name, output, x.device)
         return outputs
+
+
+def _together(factors: list[Any]) -> Any:
+    """Coefficients as an op takes them: those of each sample as [B, K]."""
+    by_sample = bool(factors) and isinstance(factors[0], Tensor) and factors[0].ndim == 1
+    return torch.stack(factors, dim=1) if by_sample else factors
 
 
 def version(x: Tensor) -> int:

@@ -68,6 +68,8 @@ class Leapfrog:
     @classmethod
     def of(cls, program: Program) -> "Leapfrog | None":
         """The program as leaps, or None where it is none."""
+        if program.by_sample:
+            return None
         numbers: list[float] = program.coefficients.tolist()
         stages, evaluations = program.stages, program.evaluations
         if len(stages) != len(evaluations) + 1 or not evaluations:

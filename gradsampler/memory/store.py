@@ -4,14 +4,15 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.engine import graph
-from gradsampler.engine.program import Evaluation
-from gradsampler.engine.trajectory import GradientWarning, Numbers, Trajectory
+from gradsampler.engine.program import Evaluation, Numbers
+from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.ops.recorded import differentiable
 
@@ -20,13 +21,18 @@ from gradsampler.ops.recorded import differentiable
 class Store(Memory):
     """Plain autograd through the whole run: N times the activations of one model call.
 
-    The fastest, and the only strategy with a gradient of the gradient.
+    The fastest, and the only strategy with a gradient of the gradient, under torch.func's
+    transforms, and with derivatives in forward mode.
     """
+
+    transformable: ClassVar[bool] = True
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         coefficients = trajectory.program.coefficients
         learned = coefficients.requires_grad and torch.is_grad_enabled()
-        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else coefficients.tolist()
+        learned = learned or (transforms.active() and transforms.followed(coefficients))
+        fixed = trajectory.program.numbers(z0.device)
+        numbers: Numbers = coefficients.to(z0.device).unbind() if learned else fixed
         warned = False
         cond = [_summed_wide(x) for x in trajectory.cond.tensors]
 
@@ -51,7 +57,7 @@ class Store(Memory):
             # rounded to its dtype.
             return [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transforms.active():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         return trajectory.forward(z0, numbers, evaluate)
 
@@ -71,8 +77,10 @@ class _Use(torch.autograd.Function):
 
 def _summed_wide(x: Tensor) -> Callable[[], Tensor]:
     """Gives a tensor of 16 bits for each of its uses, whose cotangents are added up in float32."""
+    if not (x.requires_grad and torch.is_grad_enabled()) or transforms.active():
+        return lambda: x
     wide = torch.promote_types(x.dtype, torch.float32)
-    if not (x.requires_grad and torch.is_grad_enabled()) or wide == x.dtype:
+    if wide == x.dtype:
         return lambda: x
     copy = x.to(wide)
     return lambda: _Use.apply(copy, x.detach())

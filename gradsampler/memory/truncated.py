@@ -87,7 +87,7 @@ def _head(trajectory: Trajectory, z0: Tensor, stop: int) -> dict[Slot, Tensor]:
 
     Grad mode is on in each model call, as with every other strategy, and its graph is dropped.
     """
-    numbers: list[float] = trajectory.program.coefficients.tolist()
+    numbers = trajectory.program.numbers(z0.device)
     tensors = [x.detach() for x in trajectory.cond.tensors]
 
     def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
@@ -132,7 +132,7 @@ def _tail(
         terms = tuple((slot, count + k) for k, (slot, _) in enumerate(repeated.terms))
         start = replace(repeated, terms=terms)
     else:
-        fixed = torch.ones(1, dtype=numbers.dtype)
+        fixed = torch.ones_like(numbers[:1]).detach()
         start = Stage(entry.writes, ((names[entry.writes], count),))
     known = {slot: name for slot, name in names.items() if slot not in (Z0, entry.writes)}
     rest = [_over(i, known) if isinstance(i, Stage) else i for i in program.instructions[cut:]]

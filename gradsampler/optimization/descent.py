@@ -14,10 +14,10 @@ from tqdm import tqdm
 from gradsampler import _checks
 from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
-from gradsampler.engine.randomness import RandomState
 from gradsampler.optimization.identity import Identity
 from gradsampler.optimization.journal import Journal
 from gradsampler.optimization.statistics import RunningStatistics
+from gradsampler.repetition import RandomState
 
 __all__ = ["OptimizeResult", "OptimizeStep", "check", "descend"]
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers import parts
 from gradsampler.integrations.diffusers.loop import Head, Loop, Names
 from gradsampler.integrations.diffusers.session import Outputs, Session
+from gradsampler.repetition import RandomState
 
 __all__ = [
     "Draw",

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gradsampler import _checks
 from gradsampler.engine import parts
-from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers import calls, decoding, program, steps
 from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
@@ -20,6 +19,7 @@ from gradsampler.integrations.diffusers.table import Table, read
 from gradsampler.memory import Auto, Checkpoint, Memory, Offload, resolve
 from gradsampler.memory.planning import following
 from gradsampler.noise.sources import NoiseSource
+from gradsampler.repetition import RandomState
 
 __all__ = ["Explanation", "Pipeline", "explain", "pipeline"]
 

@@ -124,9 +124,9 @@ def plan(
     a compilation), make one before, or the times are off; the bytes are not.
 
     Args:
-        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise, start, final_denoise,
-            cond, state_dtype, backend, modules: as for `gradsampler.sample`. A gradient to z0 is
-            planned for.
+        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise: as for
+            `gradsampler.sample`. A gradient to z0 is planned for.
+        start, final_denoise, cond, state_dtype, backend, modules: as for it, too.
         after: from a sample [B, *state] to a scalar loss, such as
             ``lambda x: loss(gs.decode(decoder, x))``: what it takes, forward and backward, counts
             in all peaks. It is called once too.
