@@ -21,7 +21,7 @@ from gradsampler.memory.planning.gauge import Live
 
 STEPS = 10
 SIZES = (128, 256, 512)
-DECODED = (128, 256, 512, 1024)
+DECODED = (128, 256, 512)
 TILE = 128  # pixels of a side, in the last part
 Rows = list[dict[str, str]]
 

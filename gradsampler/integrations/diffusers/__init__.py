@@ -17,6 +17,7 @@ if importlib.util.find_spec("diffusers") is None:
 
 from gradsampler.integrations.diffusers.decoding import decode
 from gradsampler.integrations.diffusers.digits_pipeline import digits
+from gradsampler.integrations.diffusers.networks import denoiser_from
 from gradsampler.integrations.diffusers.search import optimize, start
 from gradsampler.integrations.diffusers.ways import Explanation, Pipeline, explain, pipeline
 
@@ -24,6 +25,7 @@ __all__ = [
     "Explanation",
     "Pipeline",
     "decode",
+    "denoiser_from",
     "digits",
     "explain",
     "optimize",
