@@ -38,7 +38,7 @@ def decode(
               decode, as upstream's tiles know nothing of one another; its gradient is exact.
             - "halo" is the whole decode by tiles with halos and with the statistics of group
               normalisations over the whole image, attention in the middle whole: the same function
-              to rounding, with the activations of one tile, in about eight times the time.
+              to rounding, with the activations of one tile, in a pass for each normalisation.
             - "auto" is store where that fits, else frames for videos and blocks for images.
         tile: size of a tile of "halo", in pixels of the image; "tiles" takes the vae's own.
 
