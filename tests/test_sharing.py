@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs in two processes: training under DistributedDataParallel and fully_shard, agreement."""
 
+import os
+import re
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from support import agreeing, ranks, searching, together
 from support.sharing import MEMORIES, TARGETS, WAYS, WRAPPERS
 
+ROOT = Path(__file__).parents[1]
 QUICK = [
     "ddp/checkpoint/all/once",
     "ddp-static/revolve/all/once",
@@ -78,3 +84,57 @@ def test_searches_over_noises(tmp_path):
 @pytest.mark.thorough
 def test_one_sample_over_two_ranks(tmp_path):
     ranks.check([f"together {name}" for name in together.CASES], tmp_path)
+
+
+def torchrun(*command, folder):
+    """Two processes under torchrun, whose port is a free one; what they say."""
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "examples")])
+    launch = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, *map(str, command)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.thorough
+def test_the_code_of_the_page_runs(tmp_path):
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    script = tmp_path / "page.py"
+    script.write_text("\n".join([*blocks, "dist.barrier()", "dist.destroy_process_group()"]))
+    torchrun(script, folder=tmp_path)
+
+
+@pytest.mark.thorough
+def test_the_collectives_are_those_of_the_page(tmp_path):
+    said = torchrun(ROOT / "benchmarks" / "sharding.py", "--rehearse", folder=tmp_path)
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    for name in ("store", "auto", "checkpoint", "revolve:3"):
+        found = dict(re.findall(rf"^{name}, trained +(\S.*?) +(\d+)$", said, re.MULTILINE))
+        (told,) = re.findall(rf"^\| {name}[^|]*\| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+        names = ("all-gathers forward", "all-gathers", "reduce-scatters")
+        assert told == tuple(found[each] for each in names)
+        block = 4 * (2 * 64 * 256 + 256 + 64)
+        root = 4 * (8 * 64 + 64 + 64 * 8 + 8)
+        assert int(found["most bytes at once"]) == block + root
+
+
+@pytest.mark.thorough
+def test_the_examples_run_in_short_forms(tmp_path):
+    search = [ROOT / "examples" / "search_noises.py", "--iterations", 2, "--steps", 4]
+    said = torchrun(*search, "--noises", 3, "--out", tmp_path / "found", folder=tmp_path)
+    begin, end = map(float, re.search(r"loss ([\d.]+) to ([\d.]+)", said).groups())
+    assert end < begin
+    assert (tmp_path / "found" / "search-noises.png").exists()
+    tune = [ROOT / "examples" / "finetune_fsdp.py", "--updates", 6, "--steps", 4, "--lr", 3e-3]
+    said = torchrun(*tune, folder=tmp_path)
+    begin, end = map(float, re.search(r"mean: ([\d.]+) to ([\d.]+)", said).groups())
+    assert end > 2 * begin
