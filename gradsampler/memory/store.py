@@ -114,7 +114,10 @@ class _Shared:
         if x.requires_grad and torch.is_grad_enabled():
             wide = torch.promote_types(x.dtype, torch.float32)
             self._narrow = wide != x.dtype
-            self.entry = x.to(wide) if self._narrow else x.view_as(x)
+            if self._narrow:
+                self.entry = x.to(wide)
+            else:
+                self.entry = x.view_as(x) if x.layout == torch.strided else x.clone()
 
     def use(self) -> Tensor:
         """The tensor for one call."""
