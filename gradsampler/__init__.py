@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import memory, noise, ops, schedules, solvers
+from gradsampler import memory, noise, ops, rewards, schedules, solvers
 from gradsampler._version import __version__
+from gradsampler.decoding.decode import decode
 from gradsampler.engine.observer import NonFiniteError, StepInfo
-from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.gradient_flow import check
 from gradsampler.guidance import Guided
@@ -14,6 +14,7 @@ from gradsampler.ops import backends
 from gradsampler.optimization import regularizers
 from gradsampler.optimization.optimize import OptimizeResult, OptimizeStep, optimize
 from gradsampler.parameterization import EDM, VP, Flow
+from gradsampler.repetition import ReplayError
 from gradsampler.sampling import integrate, sample
 from gradsampler.solvers import Churn
 
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "backends",
     "check",
+    "decode",
     "integrate",
     "iterate",
     "memory",
@@ -40,6 +42,7 @@ __all__ = [
     "ops",
     "optimize",
     "regularizers",
+    "rewards",
     "sample",
     "schedules",
     "solvers",

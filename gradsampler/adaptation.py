@@ -12,9 +12,9 @@ from gradsampler import _checks
 from gradsampler.arguments import Denoiser, checked_levels
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.live import Live
-from gradsampler.engine.randomness import RandomState
 from gradsampler.noise.sources import NoiseSource, SignedRoll
 from gradsampler.parameterization import Parameterization, parameterize
+from gradsampler.repetition import RandomState
 from gradsampler.solvers import Churn
 from gradsampler.solvers.adaptive import Adaptive
 
@@ -43,6 +43,8 @@ def adapted(
         _checks.fail("churn", f"be None with {name}, which chooses its levels", churn)
     model = parameterize(denoiser, prediction).naming(modules)
     levels = checked_levels(sigmas, flow=prediction == "flow")
+    if levels.ndim == 2:
+        _checks.fail("sigmas", f"have shape [N+1] with {name}", list(levels.shape))
     source = SignedRoll(seed=0) if noise is None else noise
     if not isinstance(source, NoiseSource):
         _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)

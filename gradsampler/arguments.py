@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, solvers
+from gradsampler import _checks, solvers, transforms
 from gradsampler.elementary import Coefficient
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import START, Program
+from gradsampler.engine.samples import together
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.noise.sources import NoiseSource, Off, SignedRoll
 from gradsampler.ops import backends
@@ -50,15 +51,20 @@ def record(
     levels = checked_levels(sigmas, flow=prediction == "flow", monotone=method.monotone)
     _check_solver(method, churn, flow=prediction == "flow")
 
-    def recorded() -> Program:
+    def program(levels: Tensor) -> Program:
         return method.program(
             levels, model, churn=churn, final_denoise=final_denoise, started=started
         )
 
-    maps, described = by_value(model), programs.described(method)
-    if levels.requires_grad or maps is None or described is None:
+    def recorded() -> Program:
+        if levels.ndim == 1:
+            return program(levels)
+        return together([program(each) for each in levels.unbind(1)])
+
+    parts = (by_value(model), programs.described(method), programs.described(churn or Churn(0.0)))
+    if transforms.followed(levels) or None in parts:
         return recorded(), model
-    key = (described, maps, tuple(levels.tolist()), churn, final_denoise, started)
+    key = (parts, levels.shape, tuple(levels.flatten().tolist()), final_denoise, started)
     return _PROGRAMS.get(key, recorded), model
 
 
@@ -78,6 +84,10 @@ def trajectory(
     Nobody looks on.
     """
     weights.check(model, saved=z0.requires_grad)
+    if program.by_sample and program.coefficients.shape[1] != len(z0):
+        _checks.fail(
+            "sigmas", f"have shape [N+1, {len(z0)}]", f"{program.coefficients.shape[1]} columns"
+        )
     source = _noise(noise, program, z0)
     if state_dtype is not None and not isinstance(state_dtype, torch.dtype):
         _checks.fail_type("state_dtype", "be a torch.dtype or None", state_dtype)
@@ -86,7 +96,7 @@ def trajectory(
     widest = z0.dtype if start is None else torch.promote_types(z0.dtype, start.dtype)
     state = state_dtype or torch.promote_types(widest, torch.float32)
     chosen = backends.choose(backend, z0.device)
-    if program.coefficients.requires_grad:  # whose op knows one way alone
+    if transforms.followed(program.coefficients):  # whose op knows one way alone
         chosen = replace(chosen, torch_up_to=0)
     return Trajectory(
         program,
@@ -98,6 +108,7 @@ def trajectory(
         model_dtype(model, z0),
         Observer(program),
         start=None if start is None else start.to(state),
+        device=z0.device,
     )
 
 
@@ -130,21 +141,27 @@ def checked_levels(
         got = f"{sigmas.dtype} on {sigmas.device}"
         _checks.fail("sigmas", "be real numbers with values", got)
     levels = sigmas.to("cpu", torch.float64)
-    if levels.ndim != 1 or len(levels) < 2:
-        _checks.fail("sigmas", "have shape [N+1] with N >= 1 steps", list(levels.shape))
-    values: list[float] = levels.tolist()
+    if levels.ndim not in (1, 2) or len(levels) < 2 or levels.numel() == 0:
+        expected = "have shape [N+1] with N >= 1 steps, or [N+1, B]"
+        _checks.fail("sigmas", expected, list(levels.shape))
+    for b, each in enumerate(levels.detach().unbind(1) if levels.ndim == 2 else [levels]):
+        name = "sigmas" if levels.ndim == 1 else f"sigmas[:, {b}]"
+        _check_levels(name, each.tolist(), flow=flow, monotone=monotone)
+    return levels
+
+
+def _check_levels(name: str, values: list[float], *, flow: bool, monotone: bool) -> None:
     if not all(map(math.isfinite, values[1:])) or not values[0] > -math.inf:
-        _checks.fail("sigmas", "be finite, but for an infinite first one", values)
+        _checks.fail(name, "be finite, but for an infinite first one", values)
     for i, (s, t) in enumerate(pairwise(values)):
         if monotone and not s > t:
-            _checks.fail("sigmas", "decrease strictly", f"sigmas[{i}] = {s}, sigmas[{i + 1}] = {t}")
+            _checks.fail(name, "decrease strictly", f"sigmas[{i}] = {s}, sigmas[{i + 1}] = {t}")
         if not s > 0:
-            _checks.fail("sigmas", "be positive up to the last", f"sigmas[{i}] = {s}")
+            _checks.fail(name, "be positive up to the last", f"sigmas[{i}] = {s}")
     if values[-1] < 0:
-        _checks.fail("sigmas", "be at least 0", f"sigmas[-1] = {values[-1]}")
+        _checks.fail(name, "be at least 0", f"sigmas[-1] = {values[-1]}")
     if flow and max(values) > 1:
-        _checks.fail("sigmas", "be flow times of at most 1", f"a time of {max(values)}")
-    return levels
+        _checks.fail(name, "be flow times of at most 1", f"a time of {max(values)}")
 
 
 def _check_solver(solver: Solver, churn: Churn | None, *, flow: bool) -> None:

@@ -77,8 +77,8 @@ class Witness(Memory):
         )
 
     def sigma(self, evaluation: Evaluation) -> float:
-        """The noise level of a call."""
-        return float(self.trajectory.program.coefficients[evaluation.sigma])
+        """The noise level of a call, of the noisiest sample."""
+        return float(self.trajectory.program.coefficients[evaluation.sigma].max())
 
 
 def of_call(

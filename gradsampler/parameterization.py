@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.coordinates import VE, Coordinates, FlowTime
 from gradsampler.elementary import Coefficient, log, sqrt, square
 from gradsampler.timesteps import Timesteps
@@ -77,6 +77,14 @@ class Parameterization(ABC):
             f"be finite for a network wrapped in {type(self).__name__}",
             "infinity",
             "VP with a v or x0 prediction and Flow can start from noise alone",
+        )
+
+    def reading(self, prediction: str) -> "Parameterization":
+        """The parameterization with a network that predicts something else than x0."""
+        _checks.fail(
+            "prediction",
+            f"be 'x0' for a denoiser wrapped in {type(self).__name__}, which returns x0",
+            repr(prediction),
         )
 
     def on(self, sigmas: Tensor) -> "Parameterization":
@@ -346,7 +354,7 @@ def _told(
     """What the network is told at a level, by the formula or by the table beside it."""
     numbers = formula(torch.as_tensor(sigma, dtype=torch.float64))
     told = numbers if table is None else table.told(numbers)
-    return told if isinstance(sigma, Tensor) or told.requires_grad else told.item()
+    return told if isinstance(sigma, Tensor) or transforms.followed(told) else told.item()
 
 
 def _placed(model: Tabled, sigmas: Tensor, formula: Callable[[Tensor], Tensor]) -> Tabled:
@@ -365,13 +373,8 @@ def by_value(model: Parameterization) -> Hashable | None:
 def parameterize(denoiser: Parameterization | Network, prediction: str) -> Parameterization:
     """The denoiser as a `Parameterization`; a wrapper says itself how its output is read."""
     if isinstance(denoiser, Parameterization):
-        if prediction != "x0":
-            _checks.fail(
-                "prediction",
-                f"be 'x0' for a denoiser wrapped in {type(denoiser).__name__}, which returns x0",
-                repr(prediction),
-            )
-        return denoiser
+        _checks.choice("prediction", prediction, KINDS)
+        return denoiser if prediction == "x0" else denoiser.reading(prediction)
     if not callable(denoiser):
         _checks.fail_type("denoiser", "be callable as denoiser(x, sigma, **cond)", denoiser)
     return Prediction(denoiser, _checks.choice("prediction", prediction, KINDS))

@@ -52,17 +52,18 @@ def sample(
     """Runs a sampler from the initial noise ``z0``; gradients flow back through all of it.
 
     They reach z0, ``start``, the tensors in ``cond``, the parameters and other leaves that the
-    denoiser uses, ``sigmas``, and the tensors of a `noise.Given`.
+    denoiser uses, ``sigmas``, and what is a tensor of ``eta``, ``s_noise``, the amounts of a
+    `Churn`, the scale of a `Guided`, the numbers of a `noise.SinCos` and a `noise.Given`.
 
     Args:
         denoiser: callable (x [B, *state], sigma [B], **cond) -> prediction of x's shape; or a
             network wrapped in `EDM`, `VP`, `Flow` or `Guided`.
         z0: [B, *state] standard normal of a floating dtype; the state starts at sigmas[0] * z0, and
             the injected noise is made of it.
-        sigmas: [N+1] noise levels, N >= 1, positive but for a last one of 0, and decreasing for
-            solvers that are `monotone`; with ``prediction="flow"`` flow times of at most 1. The
-            first may be infinite for `VP` and `Flow`: a start from noise alone, z0 itself. Taken to
-            float64; may require grad.
+        sigmas: [N+1] noise levels, N >= 1, or [N+1, B] those of each sample; positive but for a
+            last one of 0, and decreasing for solvers that are `monotone`. With
+            ``prediction="flow"`` flow times of at most 1. The first may be infinite for `VP` and
+            `Flow`: a start from noise alone, z0 itself. Taken to float64; may require grad.
         solver: a name of `solvers.names()`, or a `Solver`.
         prediction: what a plain callable returns: "x0" | "epsilon" | "v" | "flow".
         noise: the injected noise, a `gradsampler.noise` object. None injects nothing in a

@@ -9,9 +9,10 @@ import torch
 import gradsampler as gs
 from gradsampler import _checks
 from gradsampler.engine import adjoint
-from gradsampler.memory import capacity
+from gradsampler.memory import auto, capacity
 from support.crossings import META, Crossings
-from support.runs import SOLVERS
+from support.runs import SOLVERS, TYPICAL
+from support.tiers import few
 
 # Offload has streams of a real device.
 MEMORIES = [*sorted({*gs.memory.names()} - {"offload"}), "revolve:2", "truncated:2"]
@@ -20,10 +21,11 @@ MEMORIES = [*sorted({*gs.memory.names()} - {"offload"}), "revolve:2", "truncated
 @pytest.fixture(autouse=True)
 def _meta_is_a_device(monkeypatch):
     """The meta device has no generators, no autocast and no memory to ask for."""
-    module = SimpleNamespace(device_count=lambda: 0)
-    monkeypatch.setattr(torch, "meta", module, raising=False)
+    counted = SimpleNamespace(device_count=lambda: 0)
+    monkeypatch.setattr(torch, "meta", counted, raising=False)
     circumstances, cpu = adjoint.Circumstances, torch.device("cpu")
-    monkeypatch.setattr(adjoint, "Circumstances", lambda _, *rest: circumstances(cpu, *rest))
+    for module in (adjoint, auto):
+        monkeypatch.setattr(module, "Circumstances", lambda _, *rest: circumstances(cpu, *rest))
     monkeypatch.setattr(capacity, "free", lambda device: 2**30)
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(
@@ -51,7 +53,7 @@ def crossings(steps, memory="auto", solver="euler", noise=None, learned=False, *
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("checked", [False, True], ids=["", "check_finite"])
+@pytest.mark.parametrize("checked", few([False, True], False))
 def test_no_memory_strategy_waits_in_a_step(memory, checked):
     found = [crossings(steps, memory, check_finite=checked) for steps in (4, 7)]
     assert found[0] == found[1]
@@ -66,7 +68,7 @@ def test_no_noise_waits(noise):
     assert crossings(4, noise=noise) == crossings(7, noise=noise) == []
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", few(SOLVERS, *TYPICAL))
 def test_no_solver_waits(solver):
     assert crossings(4, "store", solver) == crossings(7, "store", solver) == []
 

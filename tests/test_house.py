@@ -31,7 +31,7 @@ FLOORS = [
     "__main__",
     "app.*",
     "integrations.*",
-    "optimization.* gradient_flow iteration",
+    "optimization.* gradient_flow iteration decoding.* rewards",
     "comparisons differences",
     "sampling layout",
     "memory.*",
@@ -43,10 +43,12 @@ FLOORS = [
     "kernels.*",
     "noise.*",
     "guidance",
+    "batching",
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
-    "contract _checks _uncompiled _version",
+    "transforms",
+    "contract _checks _uncompiled _version repetition",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
@@ -55,7 +57,7 @@ GUESTS = {
     "kernels.*": "ops.backends",
     "ops.library": "ops.*",
     "ops.native": "ops.backends app.cli",
-    "models.*": "app.*",
+    "models.*": "app.* integrations.diffusers.digits_pipeline",
     "_version": "app.*",
 }
 ALONE = {"kernels.*": {"contract"}, "models.*": set()}
@@ -300,6 +302,7 @@ PUBLIC = [
     "__version__",
     "backends",
     "check",
+    "decode",
     "integrate",
     "iterate",
     "memory",
@@ -307,6 +310,7 @@ PUBLIC = [
     "ops",
     "optimize",
     "regularizers",
+    "rewards",
     "sample",
     "schedules",
     "solvers",

@@ -84,9 +84,7 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
     ("case", "frozen"),
     few(
         [*((case, True) for case in CASES), ("euler", False), ("heun", False)],
-        ("dpmpp_2m", True),
         ("euler", False),
-        ("leapfrog", True),
         ("own-noise", True),
     ),
 )
@@ -121,7 +119,8 @@ def test_peaks_under_guidance(frozen):
 @pytest.mark.thorough
 def test_peaks_where_the_levels_are_learned():
     network, sigmas = Convolutions().requires_grad_(False), levels(8).requires_grad_()
-    z0, denoiser = torch.zeros(SHAPE, requires_grad=True), gs.EDM(network)
+    z0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    denoiser = gs.EDM(network)
     options = {"solver": "heun", "churn": gs.Churn(5.0)}
     plan = gs.memory.plan(denoiser, z0, sigmas, budget=BUDGET, **options)
     hold(plan, [2], denoiser, z0, sigmas, [sigmas], **options)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
@@ -21,9 +22,11 @@ from gradsampler.engine.program import (
     Pullback,
     Slot,
     Stage,
+    column,
 )
-from gradsampler.engine.replay import ReplayError, Sketch, changed
+from gradsampler.engine.replay import Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
+from gradsampler.repetition import ReplayError
 
 
 class States(Protocol):
@@ -66,8 +69,8 @@ class Gradients:
 
     def __init__(self, z0: Tensor | None, numbers: Tensor | None) -> None:
         self.z0 = None if z0 is None else torch.zeros_like(z0)
-        self._count = None if numbers is None else len(numbers)
-        self._numbers: dict[int, Tensor] = {}  # by position; 0-d on the device of the run
+        self._shape = None if numbers is None else numbers.shape
+        self._numbers: dict[int, Tensor] = {}  # by position; 0-d or [B] on the device of the run
         self.tensors: dict[int, Tensor] = {}  # by position in `Adjoint.inputs`
         self._own: set[int] = set()  # those that are sums made here, and in nobody else's hands
 
@@ -77,17 +80,21 @@ class Gradients:
             self.z0.add_(gradient)
 
     def number(self, position: int, value: Tensor, cotangent: Tensor) -> None:
-        """Adds <value, cotangent> to the gradient of a coefficient."""
-        if self._count is not None:
-            product = torch.sum(value.to(cotangent.dtype) * cotangent, dtype=torch.float64)
+        """Adds <value, cotangent>, by sample where the numbers are, to that of a coefficient."""
+        if self._shape is not None:
+            products = value.to(cotangent.dtype) * cotangent
+            if len(self._shape) == 1:
+                product = torch.sum(products, dtype=torch.float64)
+            else:
+                product = torch.sum(products.flatten(1), dim=1, dtype=torch.float64)
             known = self._numbers.get(position)
             self._numbers[position] = product if known is None else known + product
 
     def numbers(self) -> Tensor | None:
-        """The gradient of all coefficients, [C] float64 on the CPU."""
-        if self._count is None:
+        """The gradient of all coefficients, [C] or [C, B] float64 on the CPU."""
+        if self._shape is None:
             return None
-        gradient = torch.zeros(self._count, dtype=torch.float64)
+        gradient = torch.zeros(self._shape, dtype=torch.float64)
         if self._numbers:
             gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
         return gradient
@@ -129,7 +136,7 @@ class Adjoint:
         self._z0 = z0.detach()
         self._wanted = z0.requires_grad
         self._start = [] if trajectory.start is None else [trajectory.start]
-        self._numbers = trajectory.program.numbers
+        self._numbers: Any = trajectory.program.numbers(z0.device)
         self._levels = trajectory.program.coefficients.requires_grad
         self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
         self._circumstances = (
@@ -344,7 +351,8 @@ class Adjoint:
         if levels:
             dlevel = rest.pop(0)
             if dlevel is not None:
-                gradients.number(evaluation.c_noise, torch.ones_like(level), dlevel)
+                each = dlevel[:, None]
+                gradients.number(evaluation.c_noise, torch.ones_like(each), each)
         gradients.add(list(inner), rest)
         if g is not None:
             self._trajectory.observer.finite(evaluation, g, "the gradient")
@@ -410,7 +418,8 @@ class Adjoint:
             gradients.number(position, noise.at(self._z0, *name), lam)
         if done:
             return
-        cotangent = noise.transpose(lam * self._numbers[position], self._z0, *name)
+        amount = column(self._numbers[position], lam)
+        cotangent = noise.transpose(lam * amount, self._z0, *name)
         gradients.add_z0(cotangent.z0)
         positions = [len(self._cond) + k for k in cotangent.tensors]
         gradients.add(positions, list(cotangent.tensors.values()))
@@ -431,6 +440,7 @@ class Connection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
         """Cotangents of z0, the coefficients and the inputs."""
+        transforms.refuse("memory", "another strategy", lam)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a run that keeps no activations must be differentiated once, got "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gradsampler.engine.program import Evaluation, Program, Slot
+from gradsampler.engine.program import Evaluation, Program, Slot, column
 
 
 class NonFiniteError(ArithmeticError):
@@ -20,7 +20,8 @@ class StepInfo(NamedTuple):
 
     step: int  # 0 .. num_steps-1
     num_steps: int
-    sigma: float  # level of the step's first model evaluation, churn included
+    # Level of the step's first model evaluation, churn included; [B] where each sample has its own.
+    sigma: float | Tensor
     x: Tensor  # [B, *state] the state at that level, a copy
     denoised: Tensor  # [B, *state] what the model predicted there, detached
 
@@ -36,7 +37,7 @@ class Observer:
         progress: bool = False,
         check_finite: bool = False,
     ) -> None:
-        self._numbers = program.numbers
+        self._numbers = program.numbers(torch.device("cpu"))
         self._num_steps = program.num_steps
         self._callback = callback
         self._check_finite = check_finite
@@ -100,9 +101,10 @@ class Observer:
         flags = torch.stack([flag for flag, _, _ in unread]).tolist() if unread else []
         for flag, (_, evaluation, what) in zip(flags, unread, strict=True):
             if flag:
-                sigma = self._numbers[evaluation.sigma]
+                sigma = torch.as_tensor(self._numbers[evaluation.sigma])
+                level = f"{sigma.max().item():.6g}"  # of the noisiest sample
                 raise NonFiniteError(
-                    f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {sigma:.6g}) "
+                    f"{what} at step {evaluation.step} of {self._num_steps} (sigma = {level}) "
                     "must be finite, got NaN or infinity"
                 )
 
@@ -118,6 +120,7 @@ class Observer:
     def _denoised(self, evaluation: Evaluation, slots: dict[Slot, Tensor]) -> Tensor:
         total: Tensor | float = 0.0
         for slot, c in evaluation.denoised:
-            total = total + self._numbers[c] * slots[slot].detach()
+            x = slots[slot].detach()
+            total = total + column(self._numbers[c], x) * x
         assert isinstance(total, Tensor)
         return total

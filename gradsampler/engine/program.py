@@ -15,7 +15,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.elementary import as_float
 from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization, parameterize
@@ -44,6 +45,7 @@ __all__ = [
     "Recorder",
     "Slot",
     "Stage",
+    "column",
     "fused",
     "transpose",
 ]
@@ -63,6 +65,7 @@ Z0 = Slot("z0")
 START = Slot("start")
 Key = TypeVar("Key", Slot, Injected)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
+Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d, for a gradient, or [B]
 
 
 class Injection(NamedTuple):
@@ -152,7 +155,6 @@ class Descent:
 
 
 Instruction = Stage | Evaluation | Pullback | Absorption | Descent
-Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d and carry gradient to the levels
 
 
 class Gathering(NamedTuple):
@@ -181,25 +183,26 @@ class Program:
     """The instructions of a run in order, and the vector of all its numbers."""
 
     instructions: tuple[Instruction, ...]
-    coefficients: Tensor  # [C] float64 on the CPU; carries the gradient to the levels
+    # [C] float64 on the CPU, or [C, B] for levels of each sample; carries the gradient to them
+    coefficients: Tensor
     num_steps: int
     output: Slot
 
     @cached_property
-    def numbers(self) -> list[float]:
-        """The coefficients as floats."""
+    def floats(self) -> list[float]:
+        """The coefficients, where they are those of all samples."""
         found: list[float] = self.coefficients.tolist()
         return found
 
     @cached_property
     def launches(self) -> list[Launch | None]:
-        """`prepared` with `numbers`, once for all runs of the program."""
-        return self.prepared(self.numbers)
+        """`prepared` with `floats`, once for all runs of the program."""
+        return self.prepared(self.floats)
 
     @cached_property
     def gathered(self) -> "list[Gathering | None]":
         """For each instruction of a transposed program that is a descent, what it computes."""
-        numbers = self.numbers
+        numbers = [] if self.by_sample else self.floats
         found: list[Gathering | None] = []
         for descent in self.instructions:
             if not isinstance(descent, Descent):
@@ -271,8 +274,26 @@ class Program:
 
     @cached_property
     def transposed(self) -> "Program":
-        """The program of the gradient; what lies between two model calls is one instruction."""
-        return fused(transpose(self))
+        """The program of the gradient; what lies between two model calls is one instruction, where
+        the numbers are those of all samples.
+        """
+        return transpose(self) if self.by_sample else fused(transpose(self))
+
+    @cached_property
+    def derived(self) -> dict[Hashable, Any]:
+        """What else is made of the program, kept with it."""
+        return {}
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether each sample has numbers of its own."""
+        return self.coefficients.ndim == 2
+
+    def numbers(self, device: torch.device) -> Numbers:
+        """The coefficients as floats, or by sample as tensors [B] on ``device``."""
+        if not self.by_sample:
+            return self.floats
+        return self.coefficients.detach().to(device).unbind()
 
     @cached_property
     def dead(self) -> list[set[Slot]]:
@@ -559,6 +580,13 @@ def _vector(numbers: Sequence[Coefficient]) -> Tensor:
     return torch.stack([torch.as_tensor(c, dtype=torch.float64) for c in numbers])
 
 
+def column(c: float | Tensor, x: Tensor) -> float | Tensor:
+    """A coefficient so that it multiplies x [B, *state]: one of each sample [B] as a column."""
+    if isinstance(c, Tensor) and c.ndim == 1:
+        return c.to(x.device).view(-1, *[1] * (x.ndim - 1))
+    return c
+
+
 def _absent(c: Coefficient) -> bool:
     # A zero that depends on the levels stays: its value is 0, its derivative is not.
-    return bool(c == 0) and not (isinstance(c, Tensor) and c.requires_grad)
+    return bool(c == 0) and not (isinstance(c, Tensor) and transforms.followed(c))

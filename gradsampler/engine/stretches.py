@@ -174,7 +174,7 @@ class Stretches(Parameterization):
     def _entries(self, stretch: Stretch, x: Tensor, z0: Tensor | None) -> list[Tensor]:
         if stretch is self._stretches[0]:
             given = {Z0: x} if self._trajectory.start is None else {Z0: z0, START: x}
-            found = [given[slot] for slot in _alive(self._trajectory.program, 0)]
+            found = [given[slot] for slot in _given(self._trajectory.program)]
             return [y for y in found if y is not None]
         return [x] if stretch.form.entries == 1 else list(x.unbind(1))
 
@@ -193,13 +193,15 @@ def compiled(trajectory: Trajectory, z0: Tensor, steps: int) -> Trajectory:
         steps: how many steps a graph has, at least 1.
     """
     _checks.integer("compile", steps, 1)
+    if trajectory.program.by_sample:
+        _checks.fail("compile", "be None with levels of each sample", steps)
     model = trajectory.model
     if _network(model) is None or (model.at(0) is not model and not hasattr(model, "inner")):
         _checks.fail("compile", "be None for a denoiser that changes from step to step", steps)
-    stretches = _stretches(trajectory.program, steps)
-    whole = Counter(s.form for s in stretches if _calls(s.form) >= steps)
-    form = whole.most_common(1)[0][0] if whole else None
-    program = _outer(trajectory.program, stretches)
+    derived = trajectory.program.derived
+    if ("stretches", steps) not in derived:
+        derived["stretches", steps] = _cut(trajectory.program, steps)
+    program, stretches, form = derived["stretches", steps]
     # As conditioning, since what a call depends on is differentiated by.
     given = {
         "cond": trajectory.cond.filled(trajectory.cond.tensors),
@@ -217,6 +219,14 @@ def compiled(trajectory: Trajectory, z0: Tensor, steps: int) -> Trajectory:
     )
 
 
+def _cut(program: Program, steps: int) -> tuple[Program, list[Stretch], Form | None]:
+    """The program of stretches, these, and the form that is compiled."""
+    stretches = _stretches(program, steps)
+    whole = Counter(s.form for s in stretches if _calls(s.form) >= steps)
+    form = whole.most_common(1)[0][0] if whole else None
+    return _outer(program, stretches), stretches, form
+
+
 def _calls(form: Form) -> int:
     return sum(isinstance(operation, Call) for operation in form.operations)
 
@@ -232,20 +242,21 @@ def _stretches(program: Program, steps: int) -> list[Stretch]:
     ]
     ends = [*starts[1:], len(program.instructions)]
     parts = [(0, starts[0]), *zip(starts, ends, strict=True)]
-    single = [_stretch(program, *part) for part in parts]
+    alive = _alive(program)
+    single = [_stretch(program, alive, *part) for part in parts]
     found, k = [single[0]], 1
     while k < len(parts):
         count = 1
         while count < steps and k + count < len(parts) and single[k + count].form == single[k].form:
             count += 1
-        found.append(_stretch(program, parts[k][0], parts[k + count - 1][1]))
+        found.append(_stretch(program, alive, parts[k][0], parts[k + count - 1][1]))
         k += count
     return found
 
 
-def _stretch(program: Program, start: int, stop: int) -> Stretch:
+def _stretch(program: Program, alive: Sequence[Sequence[Slot]], start: int, stop: int) -> Stretch:
     """The instructions from ``start`` to before ``stop`` as a stretch."""
-    entries = _alive(program, start)
+    entries = alive[start]
     places: dict[Slot, int] = {slot: k for k, slot in enumerate(entries)}
     numbers: list[int] = []
     levels: list[int] = []
@@ -273,27 +284,34 @@ def _stretch(program: Program, start: int, stop: int) -> Stretch:
             operations.append(Call(places[instruction.state], c_in, len(levels) - 1, branches))
             for slot in instruction.writes:
                 places[slot] = len(places)
-    exits = [program.output] if stop == len(program.instructions) else _alive(program, stop)
-    form = Form(len(entries), tuple(operations), tuple(places[slot] for slot in exits))
+    if start and {Z0, START} & set(entries):
+        _checks.fail("compile", "be None for a program that reads z0 later on", "a number")
+    form = Form(len(entries), tuple(operations), tuple(places[slot] for slot in alive[stop]))
     following = (i for i in program.instructions[start:] if isinstance(i, Evaluation))
     first_call = next(following, program.evaluations[-1])
     return Stretch(form, tuple(numbers), tuple(levels), tuple(noises), first_call)
 
 
-def _alive(program: Program, position: int) -> list[Slot]:
-    """The slots that are alive before an instruction, in the order in which they were written."""
-    if position == 0:
-        return [slot for slot in (Z0, START) if slot in program.readers]
-    written: list[Slot] = []
-    for instruction in program.instructions[:position]:
+def _given(program: Program) -> list[Slot]:
+    """What a run of the program starts from."""
+    return [slot for slot in (Z0, START) if slot in program.readers]
+
+
+def _alive(program: Program) -> list[tuple[Slot, ...]]:
+    """The slots that are alive before each instruction and after the last, in the order in which
+    they were written.
+    """
+    present = dict.fromkeys(_given(program))
+    found = []
+    for instruction, dead in zip(program.instructions, program.dead, strict=True):
+        found.append(tuple(present))
         if isinstance(instruction, Stage):
-            written.append(instruction.writes)
+            present[instruction.writes] = None
         elif isinstance(instruction, Evaluation):
-            written += instruction.writes
-    later = {slot for i in program.instructions[position:] for slot in i.reads()}
-    if later & {Z0, START}:
-        _checks.fail("compile", "be None for a program that reads z0 or start after its start", "")
-    return [slot for slot in written if slot in later]
+            present |= dict.fromkeys(instruction.writes)
+        for slot in dead:
+            present.pop(slot, None)
+    return [*found, tuple(present)]
 
 
 def _outer(program: Program, stretches: Sequence[Stretch]) -> Program:
@@ -303,7 +321,7 @@ def _outer(program: Program, stretches: Sequence[Stretch]) -> Program:
     before = START if START in program.readers else Z0
     for k, stretch in enumerate(stretches):
         state, output = Slot("x", k), Slot("d", k)
-        numbers.append(program.numbers[stretch.first.sigma])
+        numbers.append(program.floats[stretch.first.sigma])
         place = len(numbers) - 1
         instructions.append(Stage(state, ((before, 0),)))
         denoised = ((output, 0),)

@@ -24,6 +24,7 @@ from gradsampler.engine.program import (
     Program,
     Slot,
     Terms,
+    column,
 )
 from gradsampler.noise.sources import Injected, NoiseSource, draw_of, name_of
 from gradsampler.ops.backends import Backend
@@ -58,6 +59,7 @@ class Trajectory:
     state_dtype: torch.dtype  # of the state between model calls
     model_dtype: torch.dtype  # of the model's input
     observer: Observer
+    device: torch.device
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
     learned: Sequence[Tensor] | None = None  # the coefficients, where autograd is to reach them
@@ -65,13 +67,17 @@ class Trajectory:
     @property
     def numbers(self) -> Numbers:
         """The program's coefficients."""
-        return self.program.numbers if self.learned is None else self.learned
+        return self._fixed if self.learned is None else self.learned
+
+    @cached_property
+    def _fixed(self) -> Numbers:
+        return self.program.numbers(self.device)
 
     @cached_property
     def launches(self) -> list[Launch | None]:
         """For each instruction that is a stage, what it computes."""
-        program = self.program
-        return program.launches if self.learned is None else program.prepared(self.learned)
+        plain = self.learned is None and not self.program.by_sample
+        return self.program.launches if plain else self.program.prepared(self.numbers)
 
     def given(self, z0: Tensor) -> dict[Slot, Tensor]:
         """What is there before the first instruction."""
@@ -130,7 +136,7 @@ class Trajectory:
     ) -> tuple[Tensor, Tensor | None]:
         """A state, and from the same launch the model's input if that differs from it."""
         tensors = [slots[slot] for slot in launch.reads]
-        scale = launch.c_in
+        scale = launch.c_in if isinstance(launch.c_in, float) else None
         if scale is not None:
             same = scale == 1.0 and self.model_dtype == self.state_dtype
             if same or not self._exact(tensors):
@@ -176,26 +182,27 @@ class Trajectory:
         injections: Sequence[Injection],
         amounts: list[Any],
         z0: Tensor | None,
-    ) -> tuple[list[Tensor], list[Any], Tensor | None, Draw | None, Any]:
+    ) -> tuple[list[Tensor], Any, Tensor | None, Draw | None, Any]:
         """The arguments of one launch, which takes few tensors and one noise; what is beyond that
         is added up in launches before.
         """
         if not injections and len(tensors) <= MAX_TERMS:
-            return tensors, factors, z0, None, 0.0
+            return tensors, _together(factors), z0, None, 0.0
         assert z0 is not None or not injections
         draws: list[tuple[Draw | None, Any]] = [
             (self._drawn(injection, cast(Tensor, z0)), amount)
             for injection, amount in zip(injections, amounts, strict=True)
         ]
         wide = torch.promote_types(self.state_dtype, torch.float32)
+        by_sample = self.program.by_sample
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
             partial = self.backend.step_fwd(
-                tensors[:MAX_TERMS], factors[:MAX_TERMS], z0, *noise, out_dtype=wide
+                tensors[:MAX_TERMS], _together(factors[:MAX_TERMS]), z0, *noise, out_dtype=wide
             )
             tensors = [partial, *tensors[MAX_TERMS:]]
-            factors = [1.0, *factors[MAX_TERMS:]]
-        return tensors, factors, z0, *(draws[0] if draws else (None, 0.0))
+            factors = [torch.ones_like(factors[0]) if by_sample else 1.0, *factors[MAX_TERMS:]]
+        return tensors, _together(factors), z0, *(draws[0] if draws else (None, 0.0))
 
     def draw(self, injection: Injection, z0: Tensor) -> Draw | None:
         """An injection as numbers; None for a source that no kernel knows."""
@@ -225,7 +232,7 @@ class Trajectory:
         """What the model is called with: the scaled state [B, *state] and the level [B]."""
         if scaled is None:
             c_in = self.numbers[evaluation.c_in]
-            scaled = x if isinstance(c_in, float) and c_in == 1.0 else c_in * x
+            scaled = x if isinstance(c_in, float) and c_in == 1.0 else column(c_in, x) * x
         if scaled.dtype != self.model_dtype:
             scaled = scaled.to(self.model_dtype)
         if not self._levels:
@@ -240,16 +247,16 @@ class Trajectory:
     def _told(self, device: torch.device, batch: int) -> Mapping[int, Tensor]:
         dtype = torch.promote_types(self.model_dtype, torch.float32)
         positions = list(dict.fromkeys(e.c_noise for e in self.program.evaluations))
-        if self.learned is not None:
-            return {k: self.learned[k].to(device, dtype).expand(batch) for k in positions}
-        values = [self.program.numbers[k] for k in positions]
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A graph takes no copies from memory that is not its own.
+        if self.learned is not None or self.program.by_sample:
+            tensors = cast(Sequence[Tensor], self.numbers)
+            return {k: tensors[k].to(device, dtype).expand(batch) for k in positions}
+        values = [self.program.floats[k] for k in positions]
+        if device.type != "cpu":  # filled there: a copy would have the host wait
             return {
                 k: torch.full((), value, dtype=dtype, device=device).expand(batch)
                 for k, value in zip(positions, values, strict=True)
             }
-        levels = torch.tensor(values, dtype=torch.float64).to(dtype).to(device)[:, None]
+        levels = torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype)[:, None]
         return dict(zip(positions, levels.expand(-1, batch).unbind(), strict=True))
 
     def buffers(self) -> Iterator[Tensor]:
@@ -297,6 +304,12 @@ def _alike(output: object, x: Tensor) -> bool:
         and output.device == x.device
         and output.layout == torch.strided
     )
+
+
+def _together(factors: list[Any]) -> Any:
+    """Coefficients as an op takes them: those of each sample as [B, K]."""
+    by_sample = bool(factors) and isinstance(factors[0], Tensor) and factors[0].ndim == 1
+    return torch.stack(factors, dim=1) if by_sample else factors
 
 
 def version(x: Tensor) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.engine import graph
 from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, Opening, States
 from gradsampler.engine.circumstances import Circumstances
@@ -20,7 +21,6 @@ from gradsampler.memory.reversible import Reversible
 from gradsampler.memory.revolve import Revolve
 from gradsampler.memory.saved import Saved
 from gradsampler.memory.store import Recording, Store
-from gradsampler.ops.recorded import transformed
 
 _USED = 0.8  # of what is free; the rest is for what follows the run, and for fragments
 _STATES = 0.5  # of what is free that states or snapshots may take
@@ -73,7 +73,7 @@ class Auto(Memory):
 
 def _plain(trajectory: Trajectory, device: torch.device) -> bool:
     """Whether autograd itself gives the gradients of a run, as precise as ours."""
-    if trajectory.program.coefficients.requires_grad or transformed():
+    if trajectory.program.coefficients.requires_grad or transforms.active():
         return False
     if any(torch.is_autocast_enabled(kind) for kind in {"cpu", device.type}):
         return False  # autocast's copies of the weights live through all calls

@@ -68,7 +68,9 @@ class Leapfrog:
     @classmethod
     def of(cls, program: Program) -> "Leapfrog | None":
         """The program as leaps, or None where it is none."""
-        numbers = program.numbers
+        if program.by_sample:
+            return None
+        numbers = program.floats
         stages, evaluations = program.stages, program.evaluations
         if len(stages) != len(evaluations) + 1 or not evaluations:
             return None
@@ -94,7 +96,7 @@ class Leapfrog:
         self, program: Program, amplitude: float, reach: float, dtype: torch.dtype
     ) -> FixedPoint:
         """Integers for states of ``dtype``: samples up to ``amplitude``, noise up to ``reach``."""
-        numbers = program.numbers
+        numbers = program.floats
         levels = [numbers[evaluation.sigma] for evaluation in program.evaluations]
         levels = [*levels, levels[-1]][: len(self.leaps)]
         # At an infinite level the state is divided by it.

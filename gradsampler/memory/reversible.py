@@ -11,12 +11,12 @@ from torch import Tensor
 from gradsampler import _checks
 from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
 from gradsampler.engine.program import Evaluation, Slot
-from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.leapfrog import FixedPoint, Leapfrog
 from gradsampler.ops.reference import fixed_point
+from gradsampler.repetition import ReplayError
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Pair:
         self._trajectory = trajectory
         self._leaps, self._rest = scheme.leaps, scheme.rest
         self._evaluations = trajectory.program.evaluations
-        self._numbers = trajectory.program.numbers
+        self._numbers = trajectory.program.floats
         self.unit = unit
         self._older = self._newer = self._overflow = torch.empty(0)
         self._newest = -1  # the position of the newer state

@@ -4,11 +4,12 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
@@ -20,8 +21,11 @@ from gradsampler.ops.recorded import differentiable
 class Store(Memory):
     """Plain autograd through the whole run: N times the activations of one model call.
 
-    The fastest, and the only strategy with a gradient of the gradient.
+    The fastest, and the only strategy with a gradient of the gradient, under torch.func's
+    transforms, and with derivatives in forward mode.
     """
+
+    transformable: ClassVar[bool] = True
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         recording = Recording(trajectory, z0.device)
@@ -38,9 +42,10 @@ class Recording:
 
     def __init__(self, trajectory: Trajectory, device: torch.device) -> None:
         coefficients = trajectory.program.coefficients
-        if torch.is_grad_enabled():
-            if coefficients.requires_grad:
-                trajectory = replace(trajectory, learned=coefficients.to(device).unbind())
+        learned = coefficients.requires_grad and torch.is_grad_enabled()
+        if learned or (transforms.active() and transforms.followed(coefficients)):
+            trajectory = replace(trajectory, learned=coefficients.to(device).unbind())
+        if torch.is_grad_enabled() or transforms.active():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         self.trajectory = trajectory
         self.warned = False
@@ -111,7 +116,7 @@ class _Shared:
     def __init__(self, x: Tensor) -> None:
         self._x = self.entry = x
         self._narrow = False
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not transforms.active():
             wide = torch.promote_types(x.dtype, torch.float32)
             self._narrow = wide != x.dtype
             if self._narrow:

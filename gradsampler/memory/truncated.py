@@ -131,7 +131,7 @@ def _tail(
         terms = tuple((slot, count + k) for k, (slot, _) in enumerate(repeated.terms))
         start = replace(repeated, terms=terms)
     else:
-        fixed = torch.ones(1, dtype=numbers.dtype)
+        fixed = torch.ones_like(numbers[:1]).detach()
         start = Stage(entry.writes, ((names[entry.writes], count),))
     known = {slot: name for slot, name in names.items() if slot not in (Z0, entry.writes)}
     rest = [_over(i, known) if isinstance(i, Stage) else i for i in program.instructions[cut:]]

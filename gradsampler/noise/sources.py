@@ -19,8 +19,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.contract import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
+from gradsampler.elementary import as_float
 from gradsampler.noise import philox
 
 __all__ = ["Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos"]
@@ -161,24 +162,38 @@ class SinCos(NoiseSource):
 
     Almost perfectly correlated with z0: it adds to the state in amplitude, not in quadrature, and
     widens the samples several times. For correct samples choose ``SignedRoll``.
+
+    Args:
+        scale_gain, phase_rate, sin_amp, cos_amp: g, r, a and b, numbers or 0-d tensors, which
+            receive their gradient.
     """
 
-    scale_gain: float = 0.1  # g
-    phase_rate: float = 0.1  # r
-    sin_amp: float = 0.1  # a
-    cos_amp: float = 0.05  # b
+    scale_gain: float | Tensor = 0.1  # g
+    phase_rate: float | Tensor = 0.1  # r
+    sin_amp: float | Tensor = 0.1  # a
+    cos_amp: float | Tensor = 0.05  # b
 
     def __post_init__(self) -> None:
         for name in ("scale_gain", "phase_rate", "sin_amp", "cos_amp"):
-            _checks.finite(f"SinCos: {name}", getattr(self, name))
+            number = _checks.coefficient(f"SinCos: {name}", getattr(self, name))
+            object.__setattr__(self, name, number)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        numbers = (self.scale_gain, self.phase_rate, self.sin_amp, self.cos_amp)
+        return tuple(x for x in numbers if isinstance(x, Tensor))
 
     @property
     def needs_length(self) -> bool:
-        return self.scale_gain != 0
+        return bool(self.scale_gain != 0)
 
     @property
     def normal(self) -> bool:
         return False
+
+    @property
+    def _learned(self) -> bool:
+        return any(map(transforms.followed, self.tensors))
 
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)
@@ -188,21 +203,25 @@ class SinCos(NoiseSource):
 
     def wave(self, step: int, num_steps: int, draw: int = 0) -> tuple[float, float, float, float]:
         """(k, p, R, phi) with ``n_i = k z0 + R sin(p z0 + phi)``: both waves as one."""
-        sine = self.sin_amp * math.cos(step)
-        cosine = self.sin_amp * math.sin(step) + self.cos_amp
-        gain = 1 + self.scale_gain * step / num_steps
-        rate = self.phase_rate * step
+        sine = as_float(self.sin_amp) * math.cos(step)
+        cosine = as_float(self.sin_amp) * math.sin(step) + as_float(self.cos_amp)
+        gain = 1 + as_float(self.scale_gain) * step / num_steps
+        rate = as_float(self.phase_rate) * step
         phase = math.atan2(cosine, sine) + GOLDEN_ANGLE * draw
         return gain, rate, math.hypot(sine, cosine), phase
 
     def transpose(
         self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
     ) -> Cotangent:
+        if self._learned:
+            return super().transpose(g, z0, step, num_steps, draw)
         gain, rate, amplitude, phase = self.wave(step, num_steps, draw)
         slope = torch.cos(rate * _widened(z0) + phase).mul_(rate * amplitude).add_(gain)
         return Cotangent(slope.mul_(g).to(g.dtype), {})
 
     def draw(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Draw | None:
+        if self._learned:
+            return None  # no kernel has a gradient to the numbers
         gain, rate, amplitude, phase = self.wave(step, num_steps, draw)
         counter = philox.counter(step, draw)
         return Draw(SINCOS, counter, gain=gain, rate=rate, amplitude=amplitude, phase=phase)

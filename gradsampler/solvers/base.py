@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from gradsampler import _checks
-from gradsampler.elementary import Coefficient, as_float
+from gradsampler import _checks, transforms
+from gradsampler.elementary import Coefficient, as_float, sqrt
 from gradsampler.engine.program import Affine, Program, Recorder
 from gradsampler.parameterization import Parameterization, parameterize
 
@@ -20,35 +20,36 @@ class Churn:
     """Stochastic churn (Karras et al. 2022, arXiv 2206.00364, algorithm 2, lines 4 to 6).
 
     Before a step from level s with ``s_tmin <= s <= s_tmax`` the level is raised to
-    ``s * (1 + eta)``, ``eta = min(s_churn / num_steps, sqrt(2) - 1)``, by injecting noise.
+    ``s * (1 + eta)``, ``eta = min(s_churn / num_steps, sqrt(2) - 1)``, by injecting noise. The
+    amounts ``s_churn`` and ``s_noise`` may be 0-d tensors, which receive their gradient.
     """
 
-    s_churn: float
+    s_churn: Coefficient
     s_tmin: float = 0.0
     s_tmax: float = math.inf
-    s_noise: float = 1.0
+    s_noise: Coefficient = 1.0
 
     def __post_init__(self) -> None:
-        _checks.finite("Churn: s_churn", self.s_churn, 0.0)
+        check_amounts(self, "Churn", "s_churn", "s_noise")
         _checks.finite("Churn: s_tmin", self.s_tmin, 0.0)
-        _checks.finite("Churn: s_noise", self.s_noise, 0.0)
         if self.s_tmax != math.inf:
             _checks.finite("Churn: s_tmax", self.s_tmax)
         if not self.s_tmax >= self.s_tmin:
             _checks.fail("Churn: s_tmax", f"be at least s_tmin = {self.s_tmin}", self.s_tmax)
 
-    def eta(self, sigma: float, num_steps: int) -> float:
+    def eta(self, sigma: float, num_steps: int) -> Coefficient:
         """The relative rise of the level ``sigma``, 0 outside the window."""
         if not self.s_tmin <= sigma <= self.s_tmax:
             return 0.0
-        return min(self.s_churn / num_steps, math.sqrt(2) - 1)
+        eta, most = self.s_churn / num_steps, math.sqrt(2) - 1
+        return eta if eta <= most else 0 * eta + most  # what is learned keeps its graph, slope 0
 
     def raised(self, run: Recorder, sigma: Coefficient) -> tuple[Affine, Coefficient]:
         """What is added to the state, and the level after it."""
         eta = self.eta(as_float(sigma), run.num_steps)
         if eta == 0:
             return Affine(), sigma
-        amount = self.s_noise * sigma * math.sqrt(eta * (2 + eta))
+        amount = self.s_noise * sigma * sqrt(eta * (2 + eta))
         return amount * run.noise(), sigma * (1 + eta)
 
 
@@ -124,7 +125,8 @@ class Solver(ABC):
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
             started: begins with a given state at ``sigmas[0]`` instead, the ``start`` of the run.
         """
-        levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
+        followed = transforms.followed(sigmas)
+        levels: Sequence[Coefficient] = sigmas.unbind() if followed else sigmas.tolist()
         run = Recorder(parameterize(denoiser, prediction).on(sigmas), len(levels) - 1)
         if math.isinf(as_float(levels[0])):
             first = run.start() if started else run.z0()
@@ -162,8 +164,15 @@ class Sweep(Solver):
     ) -> Affine: ...
 
 
-def check_amounts(solver: Solver, owner: str, *names: str) -> None:
-    """Checks fields that are factors of noise, and holds those that are tensors in float64."""
+def check_amounts(method: Solver | Churn, owner: str, *names: str) -> None:
+    """Checks fields that are amounts of noise, and holds those that are tensors in float64.
+
+    What is learned starts above 0: a method without noise takes another branch, which has no slope.
+    """
     for name in names:
-        amount = _checks.coefficient(f"{owner}: {name}", getattr(solver, name), 0.0)
-        object.__setattr__(solver, name, amount)
+        amount = _checks.coefficient(f"{owner}: {name}", getattr(method, name), 0.0)
+        learned = isinstance(amount, Tensor) and transforms.followed(amount)
+        if learned and amount == 0 and name != "s_noise":
+            hint = "start with a little noise"
+            _checks.fail(f"{owner}: {name}", "be above 0 where it is learned", 0.0, hint)
+        object.__setattr__(method, name, amount)

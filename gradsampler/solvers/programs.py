@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from threading import Lock
 
 from gradsampler.engine.program import Program
-from gradsampler.solvers.base import Solver
+from gradsampler.solvers.base import Churn, Solver
 
 
 class Programs:
@@ -37,10 +37,10 @@ class Programs:
         return found
 
 
-def described(solver: Solver) -> Hashable | None:
-    """A solver by value; None where its fields are not plain numbers and names."""
-    if not is_dataclass(solver):
+def described(method: Solver | Churn) -> Hashable | None:
+    """A solver or a churn by value; None where its fields are not plain numbers and names."""
+    if not is_dataclass(method):
         return None
-    values = tuple(getattr(solver, field.name) for field in fields(solver))
+    values = tuple(getattr(method, field.name) for field in fields(method))
     plain = all(isinstance(value, (int, float, str, type(None))) for value in values)
-    return (type(solver), values) if plain else None
+    return (type(method), values) if plain else None

@@ -13,12 +13,12 @@ from torch import Tensor
 from gradsampler.engine import graph
 from gradsampler.engine.adjoint import Adjoint, Call
 from gradsampler.engine.program import Evaluation
-from gradsampler.engine.randomness import RandomState
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.planning import drawn
 from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.saved import Saved, address
+from gradsampler.repetition import RandomState
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Footprint:
 
 
 def measured(trajectory: Trajectory, z0: Tensor) -> Footprint:
-    """The footprint of the first evaluation of a run from ``z0`` [B, *state] in its state dtype.
+    """The footprint of an evaluation in a run from ``z0`` [B, *state] in its state dtype: of the
+    first one with the most outputs, on the first state.
 
     One forward and one backward of the model, and one noise where no kernel draws it, under the
     circumstances of this moment (autocast, train mode). Random state, buffers of modules and
@@ -74,11 +75,12 @@ class _Probe(Adjoint):
         super().__init__(trajectory, Resident(), z0)
 
     def _run(self) -> Tensor:
-        trajectory, evaluation = self._trajectory, self._trajectory.program.evaluations[0]
-        start = trajectory.program.instructions.index(evaluation)
+        trajectory, evaluations = self._trajectory, self._trajectory.program.evaluations
+        first, evaluation = evaluations[0], max(evaluations, key=lambda each: len(each.writes))
+        start = trajectory.program.instructions.index(first)
         slots = trajectory.given(self._z0)
         trajectory.execute(slots, 0, start, self._z0, _never)
-        x = slots[evaluation.state]
+        x = slots[first.state]
         given = trajectory.given(self._z0).values()
         known = [*given, *self._cond, *trajectory.buffers()]
         counter = gauge(x.device)

@@ -47,7 +47,7 @@ class Rehearsal:
 
     Args:
         program: what is run.
-        footprint: of one of its evaluations; all are taken to be alike.
+        footprint: of the one of its evaluations with the most outputs; all are taken to be alike.
         converted: whether z0 has another dtype than the state.
     """
 
@@ -208,7 +208,9 @@ class Rehearsal:
                     noises += drawn
             elif isinstance(instruction, Evaluation):
                 outputs = evaluate(slots[instruction.state])
-                slots.update(zip(instruction.writes, outputs, strict=True))
+                for block in outputs[len(instruction.writes) :]:  # of a call of fewer branches
+                    self._heap.drop(block)
+                slots.update(zip(instruction.writes, outputs, strict=False))
             self._heap.clear(slots, dead)
 
     def _drawn(self, count: int, *, kept: bool = False) -> list[Block]:
@@ -266,7 +268,9 @@ class Rehearsal:
         return max(0, self._footprint.held - sum(self._footprint.outputs))
 
     def _size(self, slot: Slot) -> int:
-        return self._footprint.outputs[slot.branch] if slot.kind == "d" else self._footprint.state
+        outputs = self._footprint.outputs
+        branch = min(slot.branch, len(outputs) - 1)
+        return outputs[branch] if slot.kind == "d" else self._footprint.state
 
 
 def _written(instruction: object) -> Iterator[Slot]:
