@@ -189,8 +189,9 @@ def integrate(
         denoiser: what the program was recorded with.
         z0: [B, *state] of a floating dtype.
         start: [B, *state] the first state of a program that reads it; only of such a one.
-        noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules,
-            compile: as for `sample`.
+        noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules: as for
+            `sample`.
+        compile: as for `sample`.
 
     Returns:
         [B, *state] of z0's dtype.
