@@ -2,6 +2,7 @@
 """A program recorded on plain floats is the one recorded on tensors, to the bit."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -170,5 +171,5 @@ def test_a_program_recorded_in_inference_mode_serves_a_run_with_a_gradient(memor
         gs.sample(lambda x, s: 0.5 * x, torch.ones(1, 2), levels)
     z0 = torch.ones(1, 2, requires_grad=True)
     gs.sample(lambda x, s: 0.5 * x, z0, levels, memory=memory).sum().backward()
-    slope = math.prod(0.5 * (1 + t / s) for s, t in zip(levels, levels[1:], strict=False))
+    slope = math.prod(0.5 * (1 + t / s) for s, t in pairwise(levels))
     torch.testing.assert_close(z0.grad, torch.full((1, 2), levels[0] * slope))
