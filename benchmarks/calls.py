@@ -198,6 +198,28 @@ def sampling(table: Rows, cores: str, steps: int, rounds: int) -> None:
             measured(table, f"sample, {title}, {name}", ways, shape, rounds, steps, thread)
 
 
+def compiled(table: Rows, cores: str, steps: int, stretch: int, rounds: int) -> None:
+    """The same gradient with several steps a graph, and the first call's time, which compiles."""
+    network, levels = Tiny(), gs.schedules.karras(steps)
+    z0 = torch.randn(64, 16).requires_grad_()
+    wanted = [z0, *network.parameters()]
+    ways = {
+        "plain autograd": gradient(
+            partial(loop, network, z0, levels, noisy=False, again=False), wanted
+        )
+    }
+    shape = f"64x16 N={steps}, 1 thread, {cores}"
+    for memory in ("store", "checkpoint"):
+        run = partial(gs.sample, network, z0, levels, memory=memory, compile=stretch)
+        name = f"{memory}, compile={stretch}"
+        ways[name] = gradient(run, wanted)
+        spent = (timing.wall(ways[name]),) * 3
+        table.append(rows.row("first gradient", name, shape, "float32", "time", "s", spent))
+        print(f"first gradient, {name}: {spent[0]:.1f} s", flush=True)
+    agree(ways)
+    measured(table, "gradient, tiny network", ways, shape, rounds, steps, thread)
+
+
 STRATEGIES = ("store", "auto", "checkpoint", "revolve:8")
 
 
@@ -229,7 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="small sizes, writes nothing")
     parser.add_argument("--cores", default="quiet cores", help="what the rows say of them")
-    parser.add_argument("--only", choices=("op", "sample", "network"), help="one part alone")
+    parser.add_argument(
+        "--only", choices=("op", "sample", "network", "compiled"), help="one part alone"
+    )
     arguments = parser.parse_args()
     small, only, cores = arguments.rehearse, arguments.only, arguments.cores
     threads = torch.get_num_threads()
@@ -241,6 +265,8 @@ def main() -> None:
         sampling(table, cores, 3 if small else 200, 1 if small else 15)
     if only in (None, "network"):
         tiny_network(table, cores, 3 if small else 200, 1 if small else 9)
+    if only in (None, "compiled"):
+        compiled(table, cores, 4 if small else 200, 2 if small else 20, 1 if small else 9)
     torch.set_num_threads(threads)
     if small:
         print(f"rehearsed {len(table)} rows")

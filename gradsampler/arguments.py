@@ -97,7 +97,7 @@ def trajectory(
     widest = z0.dtype if start is None else torch.promote_types(z0.dtype, start.dtype)
     state = state_dtype or torch.promote_types(widest, torch.float32)
     chosen = backends.choose(backend, z0.device)
-    if program.coefficients.requires_grad:  # whose op knows one way alone
+    if transforms.followed(program.coefficients):  # whose op knows one way alone
         chosen = replace(chosen, torch_up_to=0)
     conditioning = Conditioning(cond)
     return Trajectory(

@@ -14,6 +14,7 @@ from gradsampler._uncompiled import uncompiled
 from gradsampler.adaptation import adapted
 from gradsampler.arguments import Denoiser
 from gradsampler.elementary import Coefficient
+from gradsampler.engine import stretches
 from gradsampler.engine.observer import Observer, StepInfo
 from gradsampler.engine.program import Program
 from gradsampler.memory import Memory
@@ -46,6 +47,7 @@ def sample(
     backend: str | None = None,
     check_finite: bool = False,
     modules: Sequence[nn.Module] = (),
+    compile: int | None = None,
 ) -> Tensor:
     """Runs a sampler from the initial noise ``z0``; gradients flow back through all of it.
 
@@ -88,6 +90,11 @@ def sample(
             the end of the run or of its backward, which read back once.
         modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
             dtype is that of the calls, and their buffers and generators are known.
+        compile: how many steps are one compiled graph, their model calls included; None compiles
+            nothing. What a memory strategy keeps or makes again is then such a stretch. A graph
+            serves all stretches of its form, of later runs as well, as long as the denoiser is the
+            same object; the steps that are left over are not compiled. Without a callback, and not
+            for "reversible" and "truncated". Numbers are those of a compiled denoiser: to rounding.
 
     Returns:
         [B, *state] of z0's dtype.
@@ -151,6 +158,7 @@ def sample(
         backend=backend,
         check_finite=check_finite,
         modules=modules,
+        compile=compile,
     )
 
 
@@ -170,6 +178,7 @@ def integrate(
     backend: str | None = None,
     check_finite: bool = False,
     modules: Sequence[nn.Module] = (),
+    compile: int | None = None,
 ) -> Tensor:
     """Runs a program that `Solver.program` or a `solvers.Recorder` wrote down, differentiably.
 
@@ -182,6 +191,7 @@ def integrate(
         start: [B, *state] the first state of a program that reads it; only of such a one.
         noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules: as for
             `sample`.
+        compile: as for `sample`.
 
     Returns:
         [B, *state] of z0's dtype.
@@ -223,15 +233,24 @@ def integrate(
     )
     source = trajectory.noise
     energy = Energy(z0) if program.noises and source.of_z0 and source.normal else None
+    state = z0.to(trajectory.state_dtype)
+    if compile is not None:
+        if callback is not None:
+            _checks.fail("callback", "be None with compile", "one")
+        if not (strategy.exact and strategy.any_program):
+            _checks.fail("memory", "be a strategy for any program with compile", repr(memory))
+        if trajectory.parallel:
+            _checks.fail("compile", "be None where processes share the network", compile)
+        trajectory = stretches.compiled(trajectory, state, compile)
     with Observer(
-        program,
+        trajectory.program,
         callback=callback,
         progress=progress,
         check_finite=check_finite,
         agreement=trajectory.parallel.agreement,
     ) as observer:
-        seen, first = replace(trajectory, observer=observer), z0.to(trajectory.state_dtype)
-        x = trajectory.parallel.run(lambda: strategy.run(seen, first))
+        seen = replace(trajectory, observer=observer)
+        x = trajectory.parallel.run(lambda: strategy.run(seen, state))
     if energy is not None:
         energy.judge()
     return x.to(z0.dtype)

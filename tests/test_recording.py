@@ -2,6 +2,7 @@
 """A program recorded on plain floats is the one recorded on tensors, to the bit."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -161,3 +162,14 @@ def test_few_programs_are_kept():
     for k in (0, 1, 2, 0, 3, 0, 1):
         assert programs.get(k, lambda k=k: record(k)) == k
     assert made == [0, 1, 2, 3, 1]  # 0 was used last when 3 came, so 1 had to go
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "auto"])
+def test_a_program_recorded_in_inference_mode_serves_a_run_with_a_gradient(memory):
+    levels = [3.0, 1.5, 0.25 if memory == "auto" else 0.125]  # which no other test has had recorded
+    with torch.inference_mode():
+        gs.sample(lambda x, s: 0.5 * x, torch.ones(1, 2), levels)
+    z0 = torch.ones(1, 2, requires_grad=True)
+    gs.sample(lambda x, s: 0.5 * x, z0, levels, memory=memory).sum().backward()
+    slope = math.prod(0.5 * (1 + t / s) for s, t in pairwise(levels))
+    torch.testing.assert_close(z0.grad, torch.full((1, 2), levels[0] * slope))

@@ -603,3 +603,15 @@ def test_nothing_is_warned_of_in_an_ordinary_run(memory):
             z0 = leaf(normal(2, 3))
             gs.sample(Net(), z0, SIGMAS, solver=solver, memory=memory).sum().backward()
     assert caught == []
+
+
+def test_conditioning_without_tensors_arrives_as_it_is():
+    seen = []
+
+    def denoiser(x, sigma, **cond):
+        seen.append(cond)
+        return 0.5 * x
+
+    given = {"names": {}, "scales": [], "flag": None}
+    gs.sample(denoiser, torch.ones(1, 2), gs.schedules.karras(2), cond=given)
+    assert seen == [given, given]

@@ -22,7 +22,7 @@ class Conditioning:
         for key in cond or ():
             if not isinstance(key, str):
                 _checks.fail_type("cond: each key", "be a str, as a keyword argument", key)
-        self._given = bool(cond)
+        self._empty = not cond
         named, self._structure = pytree.tree_flatten_with_path(dict(cond or {}))
         self._leaves = [_checked(f"cond{pytree.keystr(path)}", x) for path, x in named]
         self._places = [i for i, x in enumerate(self._leaves) if isinstance(x, Tensor)]
@@ -34,7 +34,7 @@ class Conditioning:
 
     def filled(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         """The dict with ``tensors`` in the places of its own."""
-        if not self._given:
+        if self._empty:
             return {}
         leaves = list(self._leaves)
         for i, x in zip(self._places, tensors, strict=True):

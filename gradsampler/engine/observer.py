@@ -39,7 +39,7 @@ class Observer:
         check_finite: bool = False,
         agreement: Agreement | None = None,
     ) -> None:
-        self._numbers = program.numbers
+        self._numbers = program.numbers(torch.device("cpu"))
         self._num_steps = program.num_steps
         self._callback = callback
         self._check_finite = check_finite

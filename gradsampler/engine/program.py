@@ -15,7 +15,7 @@ the gradient of the program is the transposed program, which `transpose` writes 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -65,7 +65,7 @@ Z0 = Slot("z0")
 START = Slot("start")
 Key = TypeVar("Key", Slot, Injected)
 Terms = tuple[tuple[Slot, int], ...]  # slots and the positions of their coefficients
-Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d or [B]
+Numbers = Sequence[float] | Sequence[Tensor]  # tensors are 0-d, for a gradient, or [B]
 
 
 class Injection(NamedTuple):
@@ -190,15 +190,9 @@ class Program:
 
     @cached_property
     def floats(self) -> list[float]:
-        """The coefficients, where all samples share them."""
-        assert not self.by_sample
-        floats: list[float] = self.coefficients.tolist()
-        return floats
-
-    @property
-    def numbers(self) -> Numbers:
-        """The coefficients as floats, or by sample as tensors [B] on the CPU."""
-        return self.coefficients.detach().unbind() if self.by_sample else self.floats
+        """The coefficients, where they are those of all samples."""
+        found: list[float] = self.coefficients.tolist()
+        return found
 
     @cached_property
     def launches(self) -> list[Launch | None]:
@@ -208,12 +202,12 @@ class Program:
     @cached_property
     def gathered(self) -> "list[Gathering | None]":
         """For each instruction of a transposed program that is a descent, what it computes."""
+        numbers = [] if self.by_sample else self.floats
         found: list[Gathering | None] = []
         for descent in self.instructions:
             if not isinstance(descent, Descent):
                 found.append(None)
                 continue
-            numbers = self.floats
             a = {s: numbers[c] for s, c in descent.state.terms}
             b = {s: numbers[c] for s, c in descent.output.terms} if descent.output else {}
             lams = tuple(s for s in dict.fromkeys((*a, *b)) if s.kind == "x")
@@ -285,10 +279,21 @@ class Program:
         """
         return transpose(self) if self.by_sample else fused(transpose(self))
 
+    @cached_property
+    def derived(self) -> dict[Hashable, Any]:
+        """What else is made of the program, kept with it."""
+        return {}
+
     @property
     def by_sample(self) -> bool:
         """Whether each sample has numbers of its own."""
         return self.coefficients.ndim == 2
+
+    def numbers(self, device: torch.device) -> Numbers:
+        """The coefficients as floats, or by sample as tensors [B] on ``device``."""
+        if not self.by_sample:
+            return self.floats
+        return self.coefficients.detach().to(device).unbind()
 
     @cached_property
     def dead(self) -> list[set[Slot]]:

@@ -67,20 +67,20 @@ class Trajectory:
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
     learned: Sequence[Tensor] | None = None  # the coefficients, where autograd is to reach them
 
-    @cached_property
+    @property
     def numbers(self) -> Numbers:
-        """The program's coefficients; those of each sample are on the device."""
-        if self.learned is not None:
-            return self.learned
-        if not self.program.by_sample:
-            return self.program.floats
-        return self.program.coefficients.detach().to(self.device).unbind()
+        """The program's coefficients."""
+        return self._fixed if self.learned is None else self.learned
+
+    @cached_property
+    def _fixed(self) -> Numbers:
+        return self.program.numbers(self.device)
 
     @cached_property
     def launches(self) -> list[Launch | None]:
         """For each instruction that is a stage, what it computes."""
-        shared = self.learned is None and not self.program.by_sample
-        return self.program.launches if shared else self.program.prepared(self.numbers)
+        plain = self.learned is None and not self.program.by_sample
+        return self.program.launches if plain else self.program.prepared(self.numbers)
 
     def given(self, z0: Tensor) -> dict[Slot, Tensor]:
         """What is there before the first instruction."""
@@ -196,6 +196,7 @@ class Trajectory:
             for injection, amount in zip(injections, amounts, strict=True)
         ]
         wide = torch.promote_types(self.state_dtype, torch.float32)
+        by_sample = self.program.by_sample
         while len(draws) > 1 or len(tensors) > MAX_TERMS:
             noise = draws.pop(0) if len(draws) > 1 else (None, 0.0)
             partial = self.backend.step_fwd(
@@ -203,7 +204,7 @@ class Trajectory:
             )
             tensors = [partial, *tensors[MAX_TERMS:]]
             factors = [
-                torch.ones_like(factors[0]) if self.program.by_sample else 1.0,
+                torch.ones_like(factors[0]) if by_sample else 1.0,
                 *factors[MAX_TERMS:],
             ]
         return tensors, _together(factors), z0, *(draws[0] if draws else (None, 0.0))
@@ -260,16 +261,15 @@ class Trajectory:
         dtype = torch.promote_types(self.model_dtype, torch.float32)
         positions = list(dict.fromkeys(e.c_noise for e in self.program.evaluations))
         if self.learned is not None or self.program.by_sample:
-            numbers = cast(Sequence[Tensor], self.numbers)
-            return {k: numbers[k].to(device, dtype).expand(batch) for k in positions}
+            tensors = cast(Sequence[Tensor], self.numbers)
+            return {k: tensors[k].to(device, dtype).expand(batch) for k in positions}
         values = [self.program.floats[k] for k in positions]
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # A graph takes no copies from memory that is not its own.
+        if device.type != "cpu":  # filled there: a copy would have the host wait
             return {
                 k: torch.full((), value, dtype=dtype, device=device).expand(batch)
                 for k, value in zip(positions, values, strict=True)
             }
-        levels = torch.tensor(values, dtype=torch.float64).to(dtype).to(device)[:, None]
+        levels = torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype)[:, None]
         return dict(zip(positions, levels.expand(-1, batch).unbind(), strict=True))
 
     def buffers(self) -> Iterator[Tensor]:

@@ -42,10 +42,10 @@ class Recording:
 
     def __init__(self, trajectory: Trajectory, device: torch.device) -> None:
         coefficients = trajectory.program.coefficients
-        follows = transforms.active() and transforms.followed(coefficients)
+        learned = coefficients.requires_grad and torch.is_grad_enabled()
+        if learned or (transforms.active() and transforms.followed(coefficients)):
+            trajectory = replace(trajectory, learned=coefficients.to(device).unbind())
         if torch.is_grad_enabled() or transforms.active():
-            if follows or (coefficients.requires_grad and torch.is_grad_enabled()):
-                trajectory = replace(trajectory, learned=coefficients.to(device).unbind())
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         self.trajectory = trajectory
         self.warned = False
@@ -121,8 +121,8 @@ class _Shared:
             self._narrow = wide != x.dtype
             if self._narrow:
                 self.entry = x.to(wide)
-            elif x.layout == torch.strided:
-                self.entry = x.view_as(x)
+            else:
+                self.entry = x.view_as(x) if x.layout == torch.strided else x.clone()
 
     def use(self) -> Tensor:
         """The tensor for one call."""

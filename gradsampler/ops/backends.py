@@ -112,11 +112,10 @@ def choose(name: str | None, device: torch.device) -> Backend:
         ValueError: for an unknown name, an absent backend, or one that cannot serve the device.
     """
     if name is None:
-        if device.type == "cpu":
-            return _default_cpu()
-        preferred = ("triton", "cuda") if device.type == "cuda" else ()
-        found = (_FINDERS[each]()[0] for each in preferred)
-        return next((backend for backend in found if backend is not None), REFERENCE)
+        preferred = ("triton", "cuda") if device.type == "cuda" else (device.type,)
+        found = (_FINDERS[each]()[0] for each in preferred if each in _FINDERS)
+        fastest = next((each for each in found if each is not None), REFERENCE)
+        return _with_few(fastest) if fastest.name == "cpu" else fastest
     backend, facts = _FINDERS[_checks.choice("backend", name, _FINDERS)]()
     if backend is None:
         _checks.fail("backend", "be present", f"'{name}', which is not: {facts}")
@@ -147,9 +146,8 @@ def _cpu() -> tuple[Backend | None, str]:
 
 
 @cache
-def _default_cpu() -> Backend:
-    backend = _cpu()[0]
-    return REFERENCE if backend is None else replace(backend, torch_up_to=_FEW)
+def _with_few(backend: Backend) -> Backend:
+    return replace(backend, torch_up_to=_FEW)
 
 
 @cache

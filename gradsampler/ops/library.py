@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gradsampler import transforms
 from gradsampler.contract import Draw
@@ -54,9 +53,8 @@ def unwatched(tensors: Sequence[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transforms.active()
         and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        and forward_ad._current_level < 0
     )
 
 

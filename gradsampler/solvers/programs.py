@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
 from threading import Lock
 
+import torch
+
 from gradsampler.engine.program import Program
 from gradsampler.solvers.base import Churn, Solver
 
@@ -29,7 +31,8 @@ class Programs:
             if found is not None:
                 self._known.move_to_end(key)
                 return found
-        found = record()  # without the lock: twice at worst, to the same
+        with torch.inference_mode(False):  # whose tensors no later run could differentiate
+            found = record()  # without the lock: twice at worst, to the same
         with self._lock:
             self._known[key] = found
             while len(self._known) > self._count:
