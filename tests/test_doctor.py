@@ -19,11 +19,11 @@ REASON = "no C++ compiler (c++) was found"
 def without_extension(monkeypatch):
     """The package as it is where nothing was compiled."""
     monkeypatch.setattr(native, "_reason", REASON)
-    for cached in (backends._cpu, backends._cuda, backends._default_cpu):
+    for cached in (backends._cpu, backends._cuda):
         cached.cache_clear()
     yield
     monkeypatch.undo()
-    for cached in (backends._cpu, backends._cuda, backends._default_cpu):
+    for cached in (backends._cpu, backends._cuda):
         cached.cache_clear()
 
 
