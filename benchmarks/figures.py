@@ -74,8 +74,7 @@ def compared(work: str, names: dict[str, str] | None = None) -> str:
 
 def work(start: str) -> str:
     """The workload whose title begins so."""
-    (found,) = (each for each in works() if each.startswith(start))
-    return found
+    return next(each for each in works() if each.startswith(start))
 
 
 FIVE = {
@@ -110,10 +109,7 @@ def purifier() -> str:
 def inverse() -> str:
     """Distances to the digit and to the measurement."""
     found = rows.latest("inverse")
-    by = {
-        (way, re.search(r" ([\w-]+),", shape)[1], metric): row
-        for (way, shape, metric), row in found.items()
-    }
+    by = {(way, shape.split()[-1], metric): row for (way, shape, metric), row in found.items()}
     metrics = ("distance to the digit", "distance to the measurement")
     problems = ("inpainting", "super-resolution")
     return markdown(
@@ -133,10 +129,7 @@ SOURCES = ("independent", "mixture 0.4", "mixture 0.8", "signed roll", "signs", 
 def noise(columns: dict[str, tuple[str, str]], digits: int = 2) -> str:
     """By source: metrics at places, with the least and the greatest over seeds."""
     found = rows.latest("noise")
-    by = {
-        (source, shape.rsplit(", ", 1)[0], metric): row
-        for (source, shape, metric), row in found.items()
-    }
+    by = {(source, shape, metric): row for (source, shape, metric), row in found.items()}
     return markdown(
         ("noise", *columns),
         (
@@ -197,7 +190,7 @@ def noise_correlations() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "five": lambda: compared(work("convolutions"), FIVE),
-    "perceptron": lambda: compared(work("perceptron 16x64 N=256 euler,")),
+    "perceptron": lambda: compared(work("perceptron 16x64 N=256 euler")),
     "perceptron-sde": lambda: compared(work("perceptron 16x64 N=256 euler_maruyama")),
     "convolutions": lambda: compared(work("convolutions")),
     "unet": lambda: compared(work("UNet2DModel")),

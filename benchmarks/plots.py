@@ -37,11 +37,6 @@ def number(row: dict[str, str] | None, field: str = "median") -> float:
     return float(row[field]) if row else float("nan")
 
 
-def words(shape: str) -> str:
-    """What a row says of a workload, without the cores."""
-    return re.sub(r", [^,]* cores$|, cores shared$", "", shape)
-
-
 def peers() -> Any:
     """Time and memory of every peer, by workload; a hollow mark is a wrong gradient."""
     found = rows.latest("peers")
@@ -72,7 +67,7 @@ def peers() -> Any:
             low, high = axis.get_xlim()
             axis.set_xlim(low / 1.2, high * 1.2)
         left.axvline(1, color="#d8d8de", lw=0.8, zorder=0)
-        left.set_title(words(work))
+        left.set_title(work)
     axes[-1][0].set_xlabel("time over plain autograd")
     axes[-1][1].set_xlabel("peak of live tensors, MiB")
     return figure
@@ -141,7 +136,7 @@ def over_steps(axis: Axes, found: dict, prefix: str, solver: str, metric: str) -
     for source, colour in zip(SOURCES, COLOURS, strict=True):
         points = []
         for (name, shape, what), row in found.items():
-            place = re.match(rf"{re.escape(prefix)} {re.escape(solver)} N=(\d+),", shape)
+            place = re.match(rf"{re.escape(prefix)} {re.escape(solver)} N=(\d+)$", shape)
             if place and (name, what) == (source, metric):
                 points.append((int(place[1]), *(number(row, q) for q in ("median", "q20", "q80"))))
         if points:

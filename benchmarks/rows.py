@@ -4,6 +4,7 @@
 import csv
 import datetime
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -77,13 +78,17 @@ def append(rows: list[dict[str, str]], folder: Path = RESULTS) -> Path:
 
 
 def latest(op: str, folder: Path = RESULTS) -> dict[tuple[str, str, str], dict[str, str]]:
-    """The latest row of each variant, shape and metric of an op, from the files of all devices."""
+    """The latest row of each variant, shape and metric of an op, from the files of all devices.
+
+    What a shape says of the cores, "..., quiet cores" or "..., cores shared", is left out.
+    """
     found = {}
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
                 if line["op"] == op:
-                    found[line["variant"], line["shape"], line["metric"]] = line
+                    shape = re.sub(r", (quiet cores|cores shared)$", "", line["shape"])
+                    found[line["variant"], shape, line["metric"]] = line
     return found
 
 

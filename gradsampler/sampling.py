@@ -73,8 +73,8 @@ def sample(
             tensor above 0 receives its gradient.
         s_noise: factor of the noise of such a solver; a 0-d tensor receives its gradient.
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
-            "truncated:STEPS", or a `gradsampler.memory` object. "auto" keeps the activations of as
-            many model calls as there is room for, and makes the others again in backward.
+            "truncated:STEPS", or a `gradsampler.memory` object. "auto" stores the activations of
+            as many model calls as fit in memory, and recomputes the others in backward.
         start: [B, *state] the state at sigmas[0], for a run that does not start from noise alone:
             ``x + sigmas[0] * noise`` to purify or edit an image x. z0 then is the source of the
             injected noise alone, so it has to be independent of the noise in ``start``. At an

@@ -24,7 +24,7 @@ z0 = torch.randn(2, 1, 8, 8, requires_grad=True)
 denoiser = gs.EDM(network, network.sigma_data)
 x = gs.sample(denoiser, z0, gs.schedules.karras(8), churn=gs.Churn(2.0), memory="checkpoint")
 assert torch.autograd.grad(models.load_classifier()(x)[:, 7].sum(), z0)[0].abs().sum() > 0
-assert gs.backends.available()["cpu"].startswith("gradsampler"), gs.backends.available()
+assert gs.backends.available()["cpu"].startswith(("gcc", "clang")), gs.backends.available()
 print(gs.__version__, gs.__file__)
 """
 
