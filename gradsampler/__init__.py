@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import memory, noise, ops, schedules, solvers
+from gradsampler import memory, noise, ops, policies, schedules, solvers
 from gradsampler._version import __version__
+from gradsampler.engine.monitor import Monitor, MonitoredCall
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.gradient_flow import check
+from gradsampler.gradient_health import health
 from gradsampler.guidance import Guided
 from gradsampler.iteration import iterate
 from gradsampler.noise.energy import NoiseWarning
@@ -24,6 +26,8 @@ __all__ = [
     "Flow",
     "GradientWarning",
     "Guided",
+    "Monitor",
+    "MonitoredCall",
     "NoiseWarning",
     "NonFiniteError",
     "OptimizeResult",
@@ -33,12 +37,14 @@ __all__ = [
     "__version__",
     "backends",
     "check",
+    "health",
     "integrate",
     "iterate",
     "memory",
     "noise",
     "ops",
     "optimize",
+    "policies",
     "regularizers",
     "sample",
     "schedules",

@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks, arguments, solvers
+from gradsampler import _checks, arguments, policies, solvers
 from gradsampler import memory as memories
 from gradsampler._uncompiled import uncompiled
 from gradsampler.adaptation import adapted
 from gradsampler.arguments import Denoiser
 from gradsampler.elementary import Coefficient
+from gradsampler.engine.monitor import Monitor
 from gradsampler.engine.observer import Observer, StepInfo
+from gradsampler.engine.policy import Policy
 from gradsampler.engine.program import Program
-from gradsampler.memory import Memory
+from gradsampler.memory import Memory, Store
 from gradsampler.noise.energy import Energy
 from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
 from gradsampler.solvers.adaptive import Adaptive
+
+Gradient = Policy | Sequence[Policy] | None
 
 
 @uncompiled
@@ -37,6 +41,7 @@ def sample(
     eta: Coefficient | None = None,
     s_noise: Coefficient = 1.0,
     memory: str | Memory = "auto",
+    gradient: Gradient = None,
     start: Tensor | None = None,
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
@@ -45,6 +50,7 @@ def sample(
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    monitor: Monitor | None = None,
     modules: Sequence[nn.Module] = (),
 ) -> Tensor:
     """Runs a sampler from the initial noise ``z0``; gradients flow back through all of it.
@@ -73,6 +79,8 @@ def sample(
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
             "truncated:STEPS", or a `gradsampler.memory` object. "auto" keeps the activations of as
             many model calls as there is room for, and makes the others again in backward.
+        gradient: a policy of `gradsampler.policies`, or a list of them, for a gradient that is not
+            that of the run: `LastSteps`, `DetachedInput` and others. None is the exact one.
         start: [B, *state] the state at sigmas[0], for a run that does not start from noise alone:
             ``x + sigmas[0] * noise`` to purify or edit an image x. z0 then is the source of the
             injected noise alone, so it has to be independent of the noise in ``start``. At an
@@ -86,6 +94,7 @@ def sample(
         backend: a name of `backends.available()`, or None for the fastest present.
         check_finite: raises where a state or a gradient is not finite: at once on the CPU, else at
             the end of the run or of its backward, which read back once.
+        monitor: a `Monitor`, which sees the gradient pass in the backward.
         modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
             dtype is that of the calls, and their buffers and generators are known.
 
@@ -144,12 +153,14 @@ def sample(
         start=start,
         noise=noise,
         memory=memory,
+        gradient=gradient,
         cond=cond,
         callback=callback,
         progress=progress,
         state_dtype=state_dtype,
         backend=backend,
         check_finite=check_finite,
+        monitor=monitor,
         modules=modules,
     )
 
@@ -163,12 +174,14 @@ def integrate(
     start: Tensor | None = None,
     noise: NoiseSource | None = None,
     memory: str | Memory = "auto",
+    gradient: Gradient = None,
     cond: Mapping[str, Any] | None = None,
     callback: Callable[[StepInfo], object] | None = None,
     progress: bool = False,
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    monitor: Monitor | None = None,
     modules: Sequence[nn.Module] = (),
 ) -> Tensor:
     """Runs a program that `Solver.program` or a `solvers.Recorder` wrote down, differentiably.
@@ -180,8 +193,8 @@ def integrate(
         denoiser: what the program was recorded with.
         z0: [B, *state] of a floating dtype.
         start: [B, *state] the first state of a program that reads it; only of such a one.
-        noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules: as for
-            `sample`.
+        noise, memory, gradient, cond, callback, progress, state_dtype, backend, check_finite,
+            monitor, modules: as for `sample`.
 
     Returns:
         [B, *state] of z0's dtype.
@@ -210,7 +223,8 @@ def integrate(
     z0, start = _checks.savable(z0), None if start is None else _checks.savable(start)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
-    strategy = memories.resolve(memory)
+    strategy, policy = memories.resolve(memory), policies.resolve(gradient)
+    _check_watched(strategy, policy, monitor)
     trajectory = arguments.trajectory(
         program,
         model,
@@ -224,9 +238,32 @@ def integrate(
     source = trajectory.noise
     energy = Energy(z0) if program.noises and source.of_z0 and source.normal else None
     with Observer(
-        program, callback=callback, progress=progress, check_finite=check_finite
+        program,
+        callback=callback,
+        progress=progress,
+        check_finite=check_finite,
+        monitor=monitor,
     ) as observer:
-        x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
+        trajectory, z = replace(trajectory, observer=observer), z0.to(trajectory.state_dtype)
+        if torch.is_grad_enabled() and not policy.exact:
+            name = f"gradient={type(policy).__name__}"
+            trajectory = policies.applied(policy, trajectory, z, name)
+        x = strategy.run(trajectory, z)
     if energy is not None:
         energy.judge()
     return x.to(z0.dtype)
+
+
+def _check_watched(strategy: Memory, policy: Policy, monitor: object) -> None:
+    """Checks what is asked of the gradient against the memory strategy."""
+    name = type(strategy).__name__
+    if not policy.whole and not strategy.any_program:
+        hint = "take memory='checkpoint'"
+        _checks.fail("memory", "be a strategy for the last steps alone", name, hint)
+    if monitor is None:
+        return
+    if not isinstance(monitor, Monitor):
+        _checks.fail_type("monitor", "be a gradsampler.Monitor or None", monitor)
+    if monitor.beside is not None and isinstance(strategy, Store):
+        expected = "pull a call back twice, for a monitor with a gradient beside"
+        _checks.fail("memory", expected, name, "take memory='auto' or 'checkpoint'")

@@ -3,26 +3,18 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
-from gradsampler.engine.program import (
-    START,
-    Z0,
-    Absorption,
-    Descent,
-    Evaluation,
-    Pullback,
-    Slot,
-    Stage,
-    Terms,
-    column,
-)
+from gradsampler.engine.cotangents import Cotangents, Gradients
+from gradsampler.engine.monitor import Monitor
+from gradsampler.engine.observer import Observer
+from gradsampler.engine.program import Evaluation, Slot
 from gradsampler.engine.replay import ReplayError, Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 
@@ -50,49 +42,6 @@ class Call(NamedTuple):
     scaled: Tensor  # the model's input, a leaf
     level: Tensor  # a leaf
     outputs: tuple[Tensor, ...]
-
-
-class Gradients:
-    """Sums of cotangents of what a run is differentiated by; None where it is not."""
-
-    def __init__(self, z0: Tensor | None, numbers: Tensor | None) -> None:
-        self.z0 = None if z0 is None else torch.zeros_like(z0)
-        self._shape = None if numbers is None else numbers.shape
-        self._numbers: dict[int, Tensor] = {}  # by position; 0-d or [B] on the device of the run
-        self.tensors: dict[int, Tensor] = {}  # by position in `Adjoint.inputs`
-
-    def add_z0(self, gradient: Tensor | None) -> None:
-        """Adds to the gradient of z0."""
-        if self.z0 is not None and gradient is not None:
-            self.z0.add_(gradient)
-
-    def number(self, position: int, value: Tensor, cotangent: Tensor) -> None:
-        """Adds <value, cotangent>, by sample where the numbers are, to that of a coefficient."""
-        if self._shape is not None:
-            products = value.to(cotangent.dtype) * cotangent
-            if len(self._shape) == 1:
-                product = torch.sum(products, dtype=torch.float64)
-            else:
-                product = torch.sum(products.flatten(1), dim=1, dtype=torch.float64)
-            known = self._numbers.get(position)
-            self._numbers[position] = product if known is None else known + product
-
-    def numbers(self) -> Tensor | None:
-        """The gradient of all coefficients, [C] or [C, B] float64 on the CPU."""
-        if self._shape is None:
-            return None
-        gradient = torch.zeros(self._shape, dtype=torch.float64)
-        if self._numbers:
-            gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
-        return gradient
-
-    def tensor(self, position: int, gradient: Tensor | None) -> None:
-        """Adds to the gradient of the input at ``position``; sums are in float32 at least."""
-        if gradient is not None:
-            known = self.tensors.get(position)
-            if known is not None:
-                gradient = known.to(torch.promote_types(known.dtype, torch.float32)) + gradient
-            self.tensors[position] = gradient
 
 
 class Adjoint:
@@ -161,7 +110,8 @@ class Adjoint:
         found = graph.reached(outputs, since)
         self._outer |= found.outer
         self._sketches[evaluation.state.call] = self._sketched(outputs)
-        if self._asked() and id(call.scaled) not in found.leaves and not self._detached:
+        seen = self._is_pulled(evaluation) and self._trajectory.policy.enters(evaluation.step)
+        if seen and self._asked() and id(call.scaled) not in found.leaves and not self._detached:
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         own = {id(call.scaled), id(call.level), *map(id, self._cond)}
@@ -197,6 +147,10 @@ class Adjoint:
                 "numpy's, or were weights or inputs changed since? memory='store' calls it once"
             )
 
+    def _is_pulled(self, evaluation: Evaluation) -> bool:
+        """Whether backward differentiates the call."""
+        return self._trajectory.policy.pulls(evaluation.step)
+
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
         trajectory = self._trajectory
@@ -223,69 +177,82 @@ class Adjoint:
         return gradients
 
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
-        program = self._trajectory.program
-        transposed = program.transposed
-        readers = program.readers()
-        gradients = Gradients(
-            self._z0 if wants_z0 else None, program.coefficients if self._levels else None
-        )
-        given = self._trajectory.given(self._z0)
-        cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
-        for instruction, dead in zip(transposed.instructions, transposed.dead, strict=True):
-            if isinstance(instruction, Stage):
-                terms = tuple(term for term in instruction.terms if term[0] in cot)
-                if instruction.writes in given:
-                    for reader, c in terms:
-                        gradients.number(c, given[instruction.writes], cot[reader])
-                if terms and instruction.writes.kind != "c":
-                    cot[instruction.writes] = self._trajectory.combine(terms, cot, self._numbers)
-            elif isinstance(instruction, Descent):
-                self._descend(instruction, cot, gradients)
-            elif isinstance(instruction, Pullback):
-                self._pull(instruction, cot, readers, gradients)
-            elif isinstance(instruction, Absorption) and instruction.state in cot:
-                self._absorb(instruction, cot[instruction.state], gradients)
-            for slot in dead:
-                cot.pop(slot, None)
-        gradients.add_z0(cot.get(Z0))
-        gradients.tensor(len(self._cond) + len(self._trajectory.noise.tensors), cot.get(START))
+        trajectory, z0 = self._trajectory, self._z0
+        numbers = trajectory.program.coefficients if self._levels else None
+        gradients = Gradients(z0 if wants_z0 else None, numbers)
+        taken = [self._cotangents(trajectory, lam, gradients)]
+        monitor = trajectory.observer.monitor
+        if monitor is not None and monitor.policy is not None:
+            observer = Observer(trajectory.program, monitor=monitor.aside())
+            other = replace(trajectory, policy=monitor.policy, observer=observer)
+            cut = monitor.policy.cut(trajectory.program, trajectory.given(z0))
+            if cut is not None:
+                other = replace(other, program=cut.program, constants={})
+            taken.append(self._cotangents(other, lam, Gradients(z0 if wants_z0 else None, None)))
+        for evaluation in reversed(trajectory.program.evaluations):
+            for each in taken:
+                each.advance()
+            self._pull(evaluation, [each for each in taken if each.evaluation is evaluation])
+        for each in taken:
+            each.advance()
+        if monitor is not None and len(taken) > 1:
+            self._compare_gradients(monitor, gradients, taken[1].gradients)
         return gradients
 
-    def _pull(
-        self,
-        pullback: Pullback,
-        cot: dict[Slot, Tensor],
-        readers: dict[Slot, Terms],
-        gradients: Gradients,
-    ) -> None:
+    def _cotangents(self, trajectory: Trajectory, lam: Tensor, gradients: Gradients) -> Cotangents:
+        count = len(self._cond)
+        return Cotangents(trajectory, self._z0, lam, gradients, self._dtypes, count)
+
+    def _pull(self, evaluation: Evaluation, asking: Sequence[Cotangents]) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
-        evaluation = pullback.evaluation
-        x, scaled, level, outputs = self._again(evaluation)
-        for slot, value in zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True):
-            for reader, c in readers.get(slot, ()):
-                if reader in cot:
-                    gradients.number(c, value.detach(), cot[reader])
-        pairs = [
-            (output, cot[slot].to(output.dtype))
-            for slot, output in zip(evaluation.writes, outputs, strict=True)
-            if slot in cot and output.requires_grad
-        ]
-        if not pairs:
+        if not self._levels and not any(each.policy.pulls(evaluation.step) for each in asking):
+            self._skip(evaluation)
             return
+        call = self._again(evaluation)
+        for k, each in enumerate(asking):
+            each.weigh(call.x, call.outputs)
+            pairs = each.of_outputs(call.outputs) if each.policy.pulls(evaluation.step) else []
+            if pairs:
+                again = self._outer or k + 1 < len(asking)
+                self._differentiate(evaluation, call, each, pairs, again=again)
+            each.told()
+
+    def _skip(self, evaluation: Evaluation) -> None:
+        """Passes over a call that is not pulled back."""
+        self._states.load(self._index[evaluation])
+
+    def _differentiate(
+        self,
+        evaluation: Evaluation,
+        call: Call,
+        asking: Cotangents,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        *,
+        again: bool,
+    ) -> None:
+        """The vector-Jacobian products of a call; with ``again`` its graph is needed once more."""
+        enters, gradients = asking.policy.enters(evaluation.step), asking.gradients
         given = [*self._trajectory.noise.tensors, *self._start]
         inner = [*self._cond, *given, *self._leaves.values()]
         skipped = range(len(self._cond), len(inner) - len(self._leaves))
         wanted = [k for k, x in enumerate(inner) if x.requires_grad and k not in skipped]
-        levels = [level] if self._levels else []
+        entry = [call.scaled] if enters else []
+        levels = [call.level] if gradients.numbered else []
+        inputs = [*entry, *levels, *(inner[k] for k in wanted)]
+        if not inputs:
+            return
         leaves = list(self._leaves.values())
         with graph.without_hooks(leaves), self._circumstances.drawing_nothing(evaluation):
-            g, *rest = torch.autograd.grad(
-                [output for output, _ in pairs],
-                [scaled, *levels, *(inner[k] for k in wanted)],
-                [mu for _, mu in pairs],
-                allow_unused=True,
-                retain_graph=self._outer,
-            )
+            rest = [
+                *torch.autograd.grad(
+                    [output for output, _ in pairs],
+                    inputs,
+                    [mu for _, mu in pairs],
+                    allow_unused=True,
+                    retain_graph=again,
+                )
+            ]
+        g = rest.pop(0) if entry else None
         if levels:
             dlevel = rest.pop(0)
             if dlevel is not None:
@@ -294,67 +261,21 @@ class Adjoint:
         for k, gradient in zip(wanted, rest, strict=True):
             gradients.tensor(k, gradient)
         if g is not None:
-            self._trajectory.observer.finite(evaluation, g, "the gradient")
-            gradients.number(evaluation.c_in, x, g)
-            cot[pullback.writes] = g
+            asking.enter(call.x, g)
 
-    def _descend(self, descent: Descent, cot: dict[Slot, Tensor], gradients: Gradients) -> None:
-        """The cotangents of a state and of an output of the evaluation before, in one launch."""
-        slot, output = descent.state.writes, descent.output
-        absorption = next(iter(descent.absorptions), None)
-        a = {s: self._numbers[c] for s, c in descent.state.terms if s in cot}
-        b = {s: self._numbers[c] for s, c in output.terms} if output is not None else {}
-        g = next((s for s in a if s.kind == "g"), None)
-        lams = [s for s in dict.fromkeys((*a, *b)) if s in cot and s.kind == "x"]
-        if not lams and g is None:
-            return
-        draw = self._draw(absorption) if gradients.z0 is not None else None
-        cot[slot], mu = self._trajectory.backend.adjoint_step(
-            [cot[s] for s in lams],
-            [a.get(s, 0.0) for s in lams],
-            None if g is None else cot[g],
-            0.0 if g is None else a[g],
-            None if output is None else [b.get(s, 0.0) for s in (*lams, slot)],
-            self._z0,
-            draw,
-            self._numbers[absorption.injection.coefficient] if absorption else 0.0,
-            gradients.z0,
-            mu_dtype=None if output is None else self._dtypes[output.writes],
-            lam_dtype=self._trajectory.state_dtype,
-        )
-        if output is not None and any(s in cot for s in b):
-            cot[output.writes] = mu
-        if absorption is not None and (draw is None or self._levels):
-            self._absorb(absorption, cot[slot], gradients, done=draw is not None)
-        for further in descent.absorptions[1:]:
-            self._absorb(further, cot[slot], gradients)
-
-    def _draw(self, absorption: Absorption | None) -> Draw | None:
-        """The injection as numbers, if a kernel can pull a cotangent back through it."""
-        if absorption is None:
-            return None
-        name = self._trajectory.name(absorption.injection)
-        draw = self._trajectory.noise.draw(self._z0, *name)
-        return None if draw is None or draw.kind == GIVEN else draw
-
-    def _absorb(
-        self, absorption: Absorption, lam: Tensor, gradients: Gradients, *, done: bool = False
-    ) -> None:
-        """Pulls a cotangent back through the noise injected into its state.
-
-        With ``done`` the share of z0 is known already, and the amount of noise is what remains.
-        """
-        noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
-        position = absorption.injection.coefficient
-        if self._levels:
-            gradients.number(position, noise.at(self._z0, *name), lam)
-        if done:
-            return
-        amount = column(self._numbers[position], lam)
-        cotangent = noise.transpose(lam * amount, self._z0, *name)
-        gradients.add_z0(cotangent.z0)
-        for k, gradient in cotangent.tensors.items():
-            gradients.tensor(len(self._cond) + k, gradient)
+    def _compare_gradients(self, monitor: Monitor, ours: Gradients, theirs: Gradients) -> None:
+        """Tells the monitor of two gradients, by what the inputs are to a user."""
+        if ours.z0 is not None and theirs.z0 is not None:
+            monitor.compare("z0", [ours.z0], [theirs.z0])
+        given = len(self._trajectory.noise.tensors)
+        kinds = ["cond"] * len(self._cond) + ["noise"] * given + ["start"] * len(self._start)
+        kinds += ["parameters"] * len(self._leaves)
+        for kind in dict.fromkeys(kinds):
+            found = [k for k in ours.tensors if kinds[k] == kind]
+            pairs = [(ours.tensors[k], theirs.tensors.get(k)) for k in found]
+            if pairs:
+                others = [torch.zeros_like(a) if b is None else b for a, b in pairs]
+                monitor.compare(kind, [a for a, _ in pairs], others)
 
 
 class Connection(torch.autograd.Function):

@@ -13,6 +13,7 @@ from gradsampler.contract import MAX_TERMS, Draw
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
+from gradsampler.engine.policy import EXACT, Policy
 from gradsampler.engine.program import (
     START,
     Z0,
@@ -61,6 +62,7 @@ class Trajectory:
     observer: Observer
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
+    policy: Policy = EXACT  # of the gradient
 
     def given(self, z0: Tensor) -> dict[Slot, Tensor]:
         """What is there before the first instruction."""

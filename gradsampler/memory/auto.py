@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, States
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, States
+from gradsampler.engine.cotangents import Gradients
 from gradsampler.engine.program import Evaluation, Slot, Stage
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import capacity
@@ -107,7 +108,7 @@ class _Keeping(Adjoint):
             self._from = len(self._index) - self._fitting(call, saved)
         else:
             call = super()._first(evaluation, x, scaled)
-        if self._index[evaluation] >= self._from and self._asked():
+        if self._index[evaluation] >= self._from and self._asked() and self._is_pulled(evaluation):
             self._calls[evaluation] = call
         return call
 

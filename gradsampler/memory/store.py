@@ -13,6 +13,7 @@ from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation, Numbers
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory.base import Memory
+from gradsampler.memory.hooks import Hooks
 from gradsampler.ops.recorded import differentiable
 
 
@@ -31,17 +32,14 @@ class Store(Memory):
         warned = False
         cond = [_summed_wide(x) for x in trajectory.cond.tensors]
 
-        def arrived(evaluation: Evaluation, g: Tensor) -> None:
-            trajectory.observer.finite(evaluation, g, "the gradient")
-            if evaluation is trajectory.program.evaluations[0]:
-                trajectory.observer.settle()
+        policy, hooks = trajectory.policy, Hooks(trajectory, z0)
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             nonlocal warned
-            if x.requires_grad:
-                x.register_hook(lambda g: arrived(evaluation, g))
+            hooks.state(evaluation, x)
             model_input, level = trajectory.model_input(evaluation, x, scaled, numbers)
-            asked = model_input.requires_grad and not warned
+            model_input = hooks.entry(evaluation, model_input)
+            asked = model_input.requires_grad and policy.pulls(evaluation.step) and not warned
             since = graph.mark() if asked else 0
             filled = trajectory.cond.filled([use() for use in cond])
             outputs = trajectory.call(evaluation, model_input, level, filled)
@@ -50,11 +48,14 @@ class Store(Memory):
                 warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
             # A later step may look back at an output: the cotangents are added up before they are
             # rounded to its dtype.
-            return [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
+            wide = [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
+            return hooks.outputs(evaluation, wide)
 
         if torch.is_grad_enabled():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
-        return trajectory.forward(z0, numbers, evaluate)
+        x = trajectory.forward(z0, numbers, evaluate)
+        hooks.ended(x)
+        return x
 
 
 class _Use(torch.autograd.Function):

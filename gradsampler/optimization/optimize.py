@@ -234,7 +234,7 @@ def _settings(
     return {**arguments, "optimizer": optimizer, **sampler}
 
 
-_WATCHING = ("callback", "progress", "check_finite")  # change no number
+_WATCHING = ("callback", "progress", "check_finite", "monitor")  # change no number
 
 
 class _Run:
