@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage lint tables bench bench-reversible bench-cpu bench-memory sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
+.PHONY: demo test test-all coverage lint docs serve-docs tables bench bench-reversible bench-cpu bench-memory sanitize dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -28,8 +28,18 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tables: $(VENV)/.installed
+# The site, into build/site; a warning is an error, and links are checked. Or as a server that shows
+# changes while one writes. The variable silences a word of its theme about another project.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: $(VENV)/.documented
+	$(MKDOCS) build
+
+serve-docs: $(VENV)/.documented
+	$(MKDOCS) serve
+
+tables: $(VENV)/.tested
 	$(BIN)/python -m gradsampler.app.tables docs/solvers.md
+	PYTHONPATH=tests $(BIN)/python -m support.tables docs/diffusers.md
 
 bench: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/main_job.py
@@ -132,6 +142,10 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed

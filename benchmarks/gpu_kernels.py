@@ -5,8 +5,7 @@ Each op's values are compared with the reference before it is timed.
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import rows
@@ -20,6 +19,7 @@ if not torch.cuda.is_available():
 import gradsampler as gs
 from gradsampler.contract import Draw
 from gradsampler.ops import backends, reference
+from support import absent_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Rows = list[dict[str, str]]
@@ -188,21 +188,6 @@ def leap(table: Rows, size: int, dtype: torch.dtype, rounds: int) -> None:
             measured(table, f"{name} undone", d, operands, variants, rounds)
 
 
-@contextmanager
-def by_triton() -> Iterator[None]:
-    """Launches by Triton's own way instead of the prepared one."""
-    from support.absent_gpu import LAUNCHERS
-
-    before = {name: launcher._specialised for name, launcher in LAUNCHERS.items()}
-    for launcher in LAUNCHERS.values():
-        launcher._specialised = None
-    try:
-        yield
-    finally:
-        for name, launcher in LAUNCHERS.items():
-            launcher._specialised = before[name]
-
-
 def launch(table: Rows, calls: int) -> None:
     """Host time a step for a small latent, by every way to launch it, and in a CUDA graph."""
     x, d, z0 = (torch.randn(1, 4, 64, 64, device=DEVICE) for _ in range(3))
@@ -214,7 +199,7 @@ def launch(table: Rows, calls: int) -> None:
         return lambda: backend.step_fwd([x, d], [0.9, 0.1], z0, draw, 0.3, out=out)
 
     def owned() -> object:
-        with by_triton():
+        with absent_gpu.unprepared():
             return step(triton())()
 
     runs: dict[str, Callable[[], object]] = {

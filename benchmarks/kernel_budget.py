@@ -5,9 +5,9 @@
 
 The launchers run on CPU tensors with the launch itself replaced: their arguments say which variant
 to compile. A row gives registers, stack bytes, spills (local loads and stores), the narrowest
-global load and store in bytes, static instructions and memory traffic an element, and the
-instructions an element that an H100 can issue while its memory delivers that traffic: a kernel
-below that number is bound by memory.
+global load and store in bytes, static instructions and memory traffic an element, the
+instructions an element that an H200 can issue while its memory delivers that traffic, the share of
+these that a kernel takes, and the unit that is busiest: below a share of 1 memory is the bound.
 """
 
 import argparse
@@ -18,14 +18,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path += [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
+import issue
 import torch
 import triton
 
@@ -37,7 +38,8 @@ from support.absent_gpu import TARGETS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_WARPS = 4  # Triton's default, which the launchers leave alone
 
-# H100: 132 multiprocessors that issue to 128 lanes a cycle at 1.98 GHz, 4.3 TB/s of memory.
+# H200: the 132 multiprocessors of an H100, which issue to 128 lanes a cycle at 1.98 GHz, and the
+# fastest memory of the two: 4.3 TB/s, nine tenths of 4.8. An H100's 3.35 leaves more slots a byte.
 LANE_INSTRUCTIONS_A_BYTE = 132 * 128 * 1.98e9 / 4.3e12
 
 SHAPE = (4, 16, 32, 32)
@@ -69,6 +71,11 @@ class Row:
     instructions_per_element: float
     bytes_per_element: int
     memory_bound_below: float  # instructions an element
+    shared: int = 0  # bytes of a program
+    issue_share: float | None = None  # of the issue slots while memory delivers; NVIDIA alone
+    busiest: str | None = None  # the unit that has the least to spare
+    busiest_share: float | None = None
+    triton: str = triton.__version__
 
 
 def _draw(noise: str, dtype: torch.dtype) -> Draw | None:
@@ -176,7 +183,7 @@ def _nvidia(compiled: Any) -> tuple[int, int, int, list[str]]:
 
         usage, listing = dump("-res-usage"), dump("-sass")
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\S*)", listing, re.M)
-    while code and code[-1] in ("NOP", "BRA", "NOP;"):
+    while code and code[-1].startswith(("NOP", "BRA")):
         code.pop()
     registers, stack = (int(re.findall(rf"{x}:(\d+)", usage)[-1]) for x in ("REG", "STACK"))
     return registers, stack, sum(c.startswith(("LDL", "STL")) for c in code), code
@@ -221,10 +228,18 @@ def measure(name: str, arch: str, dtype: str, noise: str, run: Callable[..., int
     loads = [_width(c) for c in code if re.match(r"LDG|(global|buffer)_load", c)]
     stores = [_width(c) for c in code if re.match(r"STG|(global|buffer)_store", c)]
     elements = call.options["BLOCK"] / (NUM_WARPS * target.warp_size)
-    return Row(
+    slots = traffic * LANE_INSTRUCTIONS_A_BYTE
+    row = Row(
         name, arch, dtype, noise, registers, stack, spills, min(loads, default=0), min(stores),
-        round(len(code) / elements, 2), traffic, round(traffic * LANE_INSTRUCTIONS_A_BYTE, 1),
+        round(len(code) / elements, 2), traffic, round(slots, 1), compiled.metadata.shared,
     )  # fmt: skip
+    if target.backend == "hip":
+        return row
+    share = issue.busiest(code, elements)
+    taken, most = len(code) / elements / slots, share.slots / slots
+    return replace(
+        row, issue_share=round(taken, 3), busiest=share.unit, busiest_share=round(most, 3)
+    )
 
 
 def rows(

@@ -110,7 +110,7 @@ def fit(job: Job) -> Fit:
 
 
 def draw(path: Path, job: Job, found: Fit, columns: int = 10) -> None:
-    """Writes the picture: both schedules, and samples of the long run and of both short ones."""
+    """Writes the picture: both schedules, the long run's samples, how far the others are off."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,8 +121,8 @@ def draw(path: Path, job: Job, found: Fit, columns: int = 10) -> None:
     long = gs.schedules.karras(job.reference, final="zero")
     rows = {
         f"{job.reference} steps": long,
-        f"{job.steps}, Karras\nerror {found.error_before:.3f}": found.before,
-        f"{job.steps}, fitted\nerror {found.error_after:.3f}": found.after,
+        f"{job.steps}, Karras\noff by {found.error_before:.3f}": found.before,
+        f"{job.steps}, fitted\noff by {found.error_after:.3f}": found.after,
     }
     figure = plt.figure(figsize=(9.0, 3.0), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 2])
@@ -136,11 +136,15 @@ def draw(path: Path, job: Job, found: Fit, columns: int = 10) -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     grid = right.subplots(len(rows), columns)
-    for line, (label, levels) in zip(grid, rows.items(), strict=True):
-        with torch.no_grad():
-            pixels = models.to_pixels(digits.land(start, levels))[:, 0]
-        for axis, image in zip(line, pixels, strict=True):
-            axis.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+    with torch.no_grad():
+        samples = {label: digits.land(start, levels)[:, 0] for label, levels in rows.items()}
+    first, *_ = samples.values()
+    for line, (label, x) in zip(grid, samples.items(), strict=True):
+        shown = {"cmap": "gray_r", "vmin": -1, "vmax": 1}
+        if x is not first:
+            x, shown = x - first, {"cmap": "RdBu", "vmin": -0.5, "vmax": 0.5}
+        for axis, image in zip(line, x, strict=True):
+            axis.imshow(image.numpy(), **shown)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")

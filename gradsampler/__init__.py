@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import memory, noise, ops, policies, schedules, solvers
+from gradsampler import memory, noise, ops, policies, rewards, schedules, solvers
 from gradsampler._version import __version__
+from gradsampler.decoding.decode import decode
 from gradsampler.engine.monitor import Monitor, MonitoredCall
 from gradsampler.engine.observer import NonFiniteError, StepInfo
-from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.gradient_flow import check
 from gradsampler.gradient_health import health
@@ -16,6 +16,7 @@ from gradsampler.ops import backends
 from gradsampler.optimization import regularizers
 from gradsampler.optimization.optimize import OptimizeResult, OptimizeStep, optimize
 from gradsampler.parameterization import EDM, VP, Flow
+from gradsampler.repetition import ReplayError
 from gradsampler.sampling import integrate, sample
 from gradsampler.solvers import Churn
 
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "backends",
     "check",
+    "decode",
     "health",
     "integrate",
     "iterate",
@@ -46,6 +48,7 @@ __all__ = [
     "optimize",
     "policies",
     "regularizers",
+    "rewards",
     "sample",
     "schedules",
     "solvers",

@@ -12,9 +12,9 @@ from gradsampler import _checks
 from gradsampler.arguments import Denoiser, checked_levels
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.live import Live
-from gradsampler.engine.randomness import RandomState
 from gradsampler.noise.sources import NoiseSource, SignedRoll
 from gradsampler.parameterization import Parameterization, parameterize
+from gradsampler.repetition import RandomState
 from gradsampler.solvers import Churn
 from gradsampler.solvers.adaptive import Adaptive
 

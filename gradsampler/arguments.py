@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, solvers
+from gradsampler import _checks, solvers, transforms
 from gradsampler.elementary import Coefficient
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
@@ -61,7 +61,7 @@ def record(
         return together([program(each) for each in levels.unbind(1)])
 
     parts = (by_value(model), programs.described(method), programs.described(churn or Churn(0.0)))
-    if levels.requires_grad or None in parts:
+    if transforms.followed(levels) or None in parts:
         return recorded(), model
     key = (parts, levels.shape, tuple(levels.flatten().tolist()), final_denoise, started)
     return _PROGRAMS.get(key, recorded), model

@@ -16,12 +16,11 @@ from gradsampler.comparisons import Difference, Witness
 from gradsampler.differences import Comparison
 from gradsampler.engine import parts
 from gradsampler.engine.observer import NonFiniteError
-from gradsampler.engine.randomness import RandomState
-from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory import Memory, resolve
 from gradsampler.noise.sources import name_of
 from gradsampler.parameterization import Parameterization
+from gradsampler.repetition import RandomState, ReplayError
 from gradsampler.sampling import sample
 
 __all__ = ["Report", "affine_denoiser", "check"]

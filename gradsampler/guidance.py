@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.batching import stacked
 from gradsampler.coordinates import Coordinates
 from gradsampler.elementary import Coefficient, as_float
@@ -232,7 +232,7 @@ def _scale(name: str, scale: object) -> Scale:
     scale = scale.to("cpu", torch.float64)
     if scale.ndim == 0:
         return scale
-    return scale.unbind() if scale.requires_grad else tuple(scale.tolist())
+    return scale.unbind() if transforms.followed(scale) else tuple(scale.tolist())
 
 
 def _interval(interval: object) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.coordinates import VE, Coordinates, FlowTime
 from gradsampler.elementary import Coefficient, log, sqrt, square
 from gradsampler.timesteps import Timesteps
@@ -354,7 +354,7 @@ def _told(
     """What the network is told at a level, by the formula or by the table beside it."""
     numbers = formula(torch.as_tensor(sigma, dtype=torch.float64))
     told = numbers if table is None else table.told(numbers)
-    return told if isinstance(sigma, Tensor) or told.requires_grad else told.item()
+    return told if isinstance(sigma, Tensor) or transforms.followed(told) else told.item()
 
 
 def _placed(model: Tabled, sigmas: Tensor, formula: Callable[[Tensor], Tensor]) -> Tabled:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks, arguments, policies, solvers
+from gradsampler import _checks, arguments, policies, solvers, transforms
 from gradsampler import memory as memories
 from gradsampler._uncompiled import uncompiled
 from gradsampler.adaptation import adapted
@@ -257,6 +257,12 @@ def integrate(
 def _check_watched(strategy: Memory, policy: Policy, monitor: object) -> None:
     """Checks what is asked of the gradient against the memory strategy."""
     name = type(strategy).__name__
+    if transforms.active():  # they see neither a detached tensor nor a hook
+        inexact = None if policy.exact else policy
+        for argument, value in (("gradient", inexact), ("monitor", monitor)):
+            if value is not None:
+                expected = "be None under torch.func, vmap and forward mode"
+                _checks.fail(argument, expected, type(value).__name__)
     if not policy.whole and not strategy.any_program:
         hint = "take memory='checkpoint'"
         _checks.fail("memory", "be a strategy for the last steps alone", name, hint)

@@ -124,7 +124,7 @@ def adjoint_step(
     cb, b_stride = launch.coefficients(() if b is None else b, compute)
     cg, g_stride = launch.scalar(g_scale, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
-    block = block or launch.block_size(False, compute)
+    block = block or launch.block_size(0, compute)
     rolls = dz0 is not None and inject.kind == SIGNED_ROLL
     per_sample = rolls or max(a_stride, b_stride, g_stride, noise_stride) > 0
     g, source, buffer, *parts = launch.in_one_order(

@@ -147,7 +147,7 @@ def ancestral_step_fwd(
     x, model_output, noise, result = launch.in_one_order([x, model_output, noise, out], False)
     if result is None:
         result = launch.like(x, dtype)
-    block = block or launch.block_size(False, compute)
+    block = block or launch.block_size(0, compute)
     t = launch.tiling(x, True, block)
     if t.programs:
         with launch.on_device(x):
@@ -188,7 +188,7 @@ def ancestral_step_bwd(
     dx = launch.like(x) if needs_x else None
     dmodel_output = launch.like(model_output) if needs_model_output else None
     dnoise = launch.like(noise) if needs_noise and noise is not None else None
-    block = block or launch.block_size(False, compute)
+    block = block or launch.block_size(0, compute)
     t = launch.tiling(x, True, block)
     if t.programs:
         with launch.on_device(x):

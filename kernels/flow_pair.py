@@ -19,8 +19,8 @@ from torch import Tensor
 from gradsampler.contract import FlowPairGrads
 from gradsampler.kernels import launch
 from gradsampler.kernels.launcher import Launcher
-from gradsampler.kernels.noise import BY_FOUR, NONE, number, read, tile, write
-from gradsampler.kernels.philox import normals, normals_of
+from gradsampler.kernels.noise import BY_FOUR, NONE, SHORT, number, read, tile, write
+from gradsampler.kernels.philox import normals, normals_of, short_normals
 
 
 @triton.jit
@@ -31,6 +31,9 @@ def noise_end(
     """x1 of a tile: loaded, or drawn at step 0 and rounded to the dtype of the data."""
     if x1 is not None:
         return read(x1, base + j, mask, COMPUTE)
+    elif NORMAL == SHORT:
+        n = short_normals(base + first, 0, normal_low, normal_high, BLOCK)
+        return n.to(DTYPE).to(COMPUTE)
     elif NORMAL == BY_FOUR:
         n = normals(base + first, 0, normal_low, normal_high, BLOCK, COMPUTE)
         return n.to(DTYPE).to(COMPUTE)
@@ -116,7 +119,8 @@ def flow_pair_fwd(
     """
     dtype = out_dtype or x0.dtype
     compute = launch.compute_type(dtype, x0.dtype, launch.dtype_of(x1))
-    block = block or launch.block_size(x1 is None, compute)
+    normals = launch.normals_kind(x1 is None, x0, True, compute, x0.dtype)
+    block = block or launch.block_size(normals, compute)
     x0, x1 = launch.in_one_order([x0, x1], False)
     x_t, v = launch.like(x0, dtype), launch.like(x0, dtype)
     tiles = launch.tiling(x0, True, block)
@@ -125,7 +129,7 @@ def flow_pair_fwd(
             flow_pair_fwd_kernel(
                 tiles.programs, x0, x1, t.contiguous(), launch.numbers([1.0 - sigma_min], compute),
                 launch.signed(seed), launch.signed(seed >> 32), x_t, v, tiles.size, tiles.count,
-                NORMAL=launch.normals_kind(x1 is None, tiles.size, True), MASK=tiles.mask,
+                NORMAL=normals, MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
     return x_t, v
@@ -159,7 +163,8 @@ def flow_pair_bwd(
     compute = launch.compute_type(*(launch.dtype_of(x) for x in (gx, gv, x0, x1)))
     needs_x1, needs_t = needs_x1 and x1 is not None, needs_t and gx is not None
     draws = needs_t and x1 is None
-    block = block or launch.block_size(draws, compute)
+    normals = launch.normals_kind(draws, x0, True, compute, x0.dtype)
+    block = block or launch.block_size(normals, compute)
     x0, x1, gx, gv = launch.in_one_order([x0, x1, gx, gv], False)
     dx0 = launch.like(x0) if needs_x0 else None
     dx1 = launch.like(x1) if needs_x1 else None
@@ -172,7 +177,7 @@ def flow_pair_bwd(
                 tiles.programs, gx, gv, x0, x1, t.contiguous(),
                 launch.numbers([1.0 - sigma_min], compute), launch.signed(seed),
                 launch.signed(seed >> 32), dx0, dx1, partial, tiles.size, tiles.count,
-                NORMAL=launch.normals_kind(draws, tiles.size, True), MASK=tiles.mask,
+                NORMAL=normals, MASK=tiles.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
     dt = None if partial is None else launch.sum_programs(partial, tiles.count)[0]

@@ -29,13 +29,34 @@ def compute_type(*dtypes: torch.dtype | None) -> tl.dtype:
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
-def block_size(normals: bool, compute: tl.dtype) -> int:
-    """The usual number of elements a program, at Triton's default of 4 warps."""
+def normals_kind(
+    normal: bool, x: Tensor, per_sample: bool, compute: tl.dtype, *dtypes: torch.dtype | None
+) -> int:
+    """How ``kernels.noise`` draws for tensors like ``x``: 0 not at all; 1 four by a Philox block,
+    where tiles start at multiples of 4 elements, else 2; 3 as 1, in the accuracy of 16 bits.
+
+    That does where all results have these: then ``dtypes`` are theirs, and the hardware has the
+    functions.
+    """
+    if not normal:
+        return 0
+    if per_sample and x.shape[0] and x.numel() // x.shape[0] % 4:
+        return 2
+    known = [dtype for dtype in dtypes if dtype is not None]
+    short = compute == tl.float32 and WARP == 32 and known
+    return 3 if short and all(dtype.itemsize == 2 for dtype in known) else 1
+
+
+def block_size(normals: int, compute: tl.dtype) -> int:
+    """The usual number of elements a program, at Triton's default of 4 warps; ``normals`` as by
+    `normals_kind`.
+    """
     # Two 16-byte loads a thread, or one of a 16-bit dtype. Drawing normals has a fixed cost a
-    # thread, which twice as many elements share; in float64 they would not fit the registers.
+    # thread, which twice as many elements share, or four times as many of 16 bits; in float64 they
+    # would not fit the registers.
     if compute == tl.float64:
         return 16 * WARP
-    return (64 if normals else 32) * WARP
+    return (32, 64, 64, 128)[normals] * WARP
 
 
 def dtype_of(x: Tensor | None) -> torch.dtype | None:
@@ -148,11 +169,6 @@ def tiling(x: Tensor, per_sample: bool, block: int) -> Tiling:
     count = -(-size // block)
     mask = NONE if size % block == 0 else EVERY if per_sample or size % 16 == 0 else LAST
     return Tiling(size, count, count * samples, mask)
-
-
-def normals_kind(normal: bool, size: int, per_sample: bool) -> int:
-    """Whether tiles start at multiples of 4 elements, so that a Philox block serves 4."""
-    return 0 if not normal else 1 if size % 4 == 0 or not per_sample else 2
 
 
 def _dense(x: Tensor) -> bool:

@@ -140,7 +140,10 @@ def leap(
         [carried, inject_.source, *terms], elementwise=not (per_sample or inject_.normal)
     )
     assert integers is not None
-    block = block or launch.block_size(inject_.normal, compute)
+    normals = launch.normals_kind(inject_.normal, integers, per_sample, compute)
+    # Integers of 64 bits beside normals take so many registers that the usual block spills.
+    wide = normals and integers.dtype == torch.int64
+    block = block or launch.block_size(0 if wide else normals, compute)
     t = launch.tiling(integers, per_sample, block)
     state = launch.like(integers, out_dtype) if wants_state else None
     scales = state is not None and model_scale is not None
@@ -153,7 +156,7 @@ def leap(
                 launch.numbers((scale,), shown), state,
                 launch.numbers((1.0 if model_scale is None else model_scale,), shown),
                 model_in, t.size, t.count, *inject_.words,
-                KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
+                KIND=inject_.kind, NORMAL=normals,
                 PER_SAMPLE=per_sample, MASK=t.mask, COMPUTE=compute, STATE=shown, BLOCK=block,
                 enable_fp_fusion=False,
             )  # fmt: skip

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from gradsampler import contract
-from gradsampler.kernels.philox import normals, normals_of, signed
-from gradsampler.kernels.sincos import wave
+from gradsampler.kernels.philox import normals, normals_of, short_normals, signed
+from gradsampler.kernels.sincos import wave, wave_short
 
 OFF = tl.constexpr(contract.OFF)
 SINCOS = tl.constexpr(contract.SINCOS)
@@ -25,6 +25,7 @@ GIVEN = tl.constexpr(contract.GIVEN)
 
 BY_FOUR = tl.constexpr(1)  # normals: one block for 4 neighbours
 ONE_BY_ONE = tl.constexpr(2)  # where a sample does not start at a multiple of 4
+SHORT = tl.constexpr(3)  # by four, in the accuracy of 16 bits
 
 # A mask that may end anywhere breaks the wide loads up, so only the last tile has one then.
 NONE, EVERY, LAST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -111,8 +112,11 @@ def inject(
         linear = s * number(numbers[1], COMPUTE)
     if KIND == SINCOS:
         z = read(source, base + j, mask, COMPUTE)
-        w = wave(z, number(numbers[3], COMPUTE), number(numbers[4], COMPUTE),
-                 number(numbers[5], COMPUTE), COMPUTE)  # fmt: skip
+        if NORMAL == SHORT:
+            w = wave_short(z, number(numbers[3], COMPUTE), number(numbers[5], COMPUTE))
+        else:
+            w = wave(z, number(numbers[3], COMPUTE), number(numbers[4], COMPUTE),
+                     number(numbers[5], COMPUTE), COMPUTE)  # fmt: skip
         x = x + linear * z
         x = x + (s * number(numbers[2], COMPUTE)) * w
     if KIND == SIGNED_ROLL:
@@ -124,6 +128,9 @@ def inject(
         x = x + linear * read(source, base + j, mask, COMPUTE)
     if NORMAL == BY_FOUR:
         n = normals(base + first, words[0], words[4], words[5], BLOCK, COMPUTE)
+        x = x + (s * number(numbers[0], COMPUTE)) * n
+    if NORMAL == SHORT:
+        n = short_normals(base + first, words[0], words[4], words[5], BLOCK)
         x = x + (s * number(numbers[0], COMPUTE)) * n
     if NORMAL == ONE_BY_ONE:
         n = normals_of(base + j, words[0], words[4], words[5], COMPUTE)

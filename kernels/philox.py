@@ -4,11 +4,28 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from gradsampler import contract
-from gradsampler.kernels.sincos import flip_odd, shifted_integer, sin_pi
+from gradsampler.kernels.sincos import (
+    INTERPRETED,
+    fast_cos,
+    fast_sin,
+    flip_odd,
+    shifted_integer,
+    sin_pi,
+)
 
 NORMALS, SIGNS = tl.constexpr(contract.NORMALS), tl.constexpr(contract.SIGNS)
+
+
+@triton.jit
+def fast_log2(x):
+    """The hardware's, to 2.4e-7."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
 
 
 @triton.jit
@@ -79,12 +96,40 @@ def box_muller(a, b, COMPUTE: tl.constexpr):
 @triton.jit
 def normals(first, step, k0, k1, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
     """[BLOCK] normals of the elements ``first`` .. ``first + BLOCK - 1``; 4 divides ``first``."""
-    block = first // 4 + tl.arange(0, BLOCK // 4)
+    block = (first >> 2) + tl.arange(0, BLOCK // 4)
     high = (block >> 32).to(tl.uint32)
     w0, w1, w2, w3 = blocks(block.to(tl.uint32), high, step, NORMALS, k0, k1)
     n0, n1 = box_muller(w0, w1, COMPUTE)
     n2, n3 = box_muller(w2, w3, COMPUTE)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
+
+
+@triton.jit
+def box_muller_short(a, b):
+    """`box_muller` for results of 16 bits, by the GPU's own functions."""
+    u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    # Near u = 1 the logarithm may be a last bit above zero.
+    radius = tl.sqrt(tl.abs(fast_log2(u) * -1.3862943611198906))
+    angle = b.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
+    return radius * fast_cos(angle), radius * fast_sin(angle)
+
+
+@triton.jit
+def short_normals(first, step, k0, k1, BLOCK: tl.constexpr):
+    """`normals` in the accuracy of 16 bits."""
+    # Two blocks for each run of eight, which is what a thread loads and stores: nothing is handed
+    # round through shared memory.
+    run = (first >> 2) + 2 * tl.arange(0, BLOCK // 8)
+    high = (run >> 32).to(tl.uint32)
+    a0, a1, a2, a3 = blocks(run.to(tl.uint32), high, step, NORMALS, k0, k1)
+    b0, b1, b2, b3 = blocks((run + 1).to(tl.uint32), high, step, NORMALS, k0, k1)
+    a0, a1 = box_muller_short(a0, a1)
+    a2, a3 = box_muller_short(a2, a3)
+    b0, b1 = box_muller_short(b0, b1)
+    b2, b3 = box_muller_short(b2, b3)
+    even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
+    odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
+    return tl.reshape(tl.join(even, odd), [BLOCK])
 
 
 @triton.jit

@@ -8,8 +8,31 @@ comes in two parts (Cody and Waite 1980) because a float32 rate alone is wrong b
 |t| = 300. A cosine is the same sine half a unit further on.
 """
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def fast_sin(x):
+    """The hardware's, to 5e-7 for -pi <= x <= pi."""
+    if INTERPRETED:
+        return tl.sin(x)
+    else:
+        return libdevice.fast_sinf(x)
+
+
+@triton.jit
+def fast_cos(x):
+    """As `fast_sin`."""
+    if INTERPRETED:
+        return tl.cos(x)
+    else:
+        return libdevice.fast_cosf(x)
 
 
 @triton.jit
@@ -65,3 +88,11 @@ def wave(z, rate, rate_low, phase, COMPUTE: tl.constexpr):
     if COMPUTE == tl.float32:
         f = tl.fma(z, rate_low, f)
     return sin_pi(flip_odd(f + phase, k, COMPUTE), COMPUTE)
+
+
+@triton.jit
+def wave_short(z, rate, phase):
+    """`wave` for results of 16 bits: to 5e-7, and to 2e-7 of the argument."""
+    t = tl.fma(z, rate, phase)
+    k = t + 25165824.0  # whose last bit stands for 2: a whole period
+    return fast_sin((t + (25165824.0 - k)) * 3.14159265358979)

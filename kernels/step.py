@@ -197,7 +197,6 @@ def step_fwd(
     inject_ = launch.injection(draw, z0, compute)
     c, stride = launch.coefficients(coefs, compute)
     s, noise_stride = launch.scalar(noise_coef, compute)
-    block = block or launch.block_size(inject_.normal, compute)
     per_sample = inject_.kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     *parts, source, result = launch.in_one_order(
         [*terms, inject_.source, out], elementwise=not (per_sample or inject_.normal)
@@ -205,6 +204,10 @@ def step_fwd(
     if result is None:
         result = launch.like(parts[0], dtype)
     model_in = None if model_scale is None else launch.like(parts[0], model_dtype or dtype)
+    normals = launch.normals_kind(
+        inject_.normal, parts[0], per_sample, compute, dtype, launch.dtype_of(model_in)
+    )
+    block = block or launch.block_size(normals, compute)
     t = launch.tiling(parts[0], per_sample, block)
     if t.programs:
         with launch.on_device(result):
@@ -213,7 +216,7 @@ def step_fwd(
                 launch.numbers(clamp or (), compute),
                 launch.numbers(() if model_scale is None else (model_scale,), compute),
                 result, model_in, t.size, t.count, *inject_.words,
-                KIND=inject_.kind, NORMAL=launch.normals_kind(inject_.normal, t.size, per_sample),
+                KIND=inject_.kind, NORMAL=normals,
                 STRIDE=stride, NOISE_STRIDE=noise_stride, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,
             )  # fmt: skip
@@ -264,7 +267,6 @@ def step_bwd(
     s, noise_stride = launch.scalar(noise_coef, compute)
     per_sample = kind == SIGNED_ROLL or max(stride, noise_stride) > 0
     normal = inject_.normal and needs_noise_coef
-    block = block or launch.block_size(normal, compute)
     pulls = dz0 is not None and kind in OF_Z0
     pulls = pulls and not launch.is_zero(noise_coef)
     reads = needs_coefs or clamp is not None
@@ -280,6 +282,8 @@ def step_bwd(
     ]
     places = tuple(k for k, x in enumerate(dterms) if x is not None)
     dgiven = launch.like(cot, inject_.source.dtype) if given else None
+    normals = launch.normals_kind(normal, cot, per_sample, compute)
+    block = block or launch.block_size(normals, compute)
     t = launch.tiling(cot, per_sample, block)
     rows = len(terms) * needs_coefs + needs_noise_coef
     dtype = torch.float64 if compute == tl.float64 else torch.float32
@@ -290,7 +294,7 @@ def step_bwd(
                 t.programs, cot, tuple(parts), c, source, inject_.numbers, s,
                 launch.numbers(clamp or (), compute), tuple(x for x in dterms if x is not None),
                 dgiven if given else buffer, partial, t.size, t.count, *inject_.words,
-                KIND=kind, NORMAL=launch.normals_kind(normal, t.size, per_sample),
+                KIND=kind, NORMAL=normals,
                 STRIDE=stride, NOISE_STRIDE=noise_stride, PLACES=places, DCOEFS=needs_coefs,
                 DNOISE=needs_noise_coef, PER_SAMPLE=per_sample, MASK=t.mask,
                 COMPUTE=compute, BLOCK=block,

@@ -40,6 +40,7 @@ def test_gpu_benchmark_rehearses_every_part():
     assert done.stdout.splitlines()[-1].startswith("rehearsed")
 
 
+@pytest.mark.thorough
 def test_gpu_benchmark_runs_sections_by_name():
     pytest.importorskip("triton")
     done = run("benchmarks/gpu.py", "launch", "--rehearse")

@@ -11,7 +11,8 @@ from gradsampler import _checks
 from gradsampler.engine import adjoint
 from gradsampler.memory import capacity
 from support.crossings import META, Crossings
-from support.runs import SOLVERS
+from support.runs import SOLVERS, TYPICAL
+from support.tiers import few
 
 # Offload has streams of a real device.
 MEMORIES = [*sorted({*gs.memory.names()} - {"offload"}), "revolve:2", "truncated:2"]
@@ -51,7 +52,7 @@ def crossings(steps, memory="auto", solver="euler", noise=None, learned=False, *
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("checked", [False, True], ids=["", "check_finite"])
+@pytest.mark.parametrize("checked", few([False, True], False))
 def test_no_memory_strategy_waits_in_a_step(memory, checked):
     found = [crossings(steps, memory, check_finite=checked) for steps in (4, 7)]
     assert found[0] == found[1]
@@ -66,7 +67,7 @@ def test_no_noise_waits(noise):
     assert crossings(4, noise=noise) == crossings(7, noise=noise) == []
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", few(SOLVERS, *TYPICAL))
 def test_no_solver_waits(solver):
     assert crossings(4, "store", solver) == crossings(7, "store", solver) == []
 

@@ -129,7 +129,7 @@ CASES = {
             gs.EDM(tanh),
             gs.VP(tanh, levels([0.9, 0.5, 0.1])),
             gs.Flow(tanh),
-            gs.Guided(tanh, 2.0, {}),
+            gs.Guided(gs.EDM(tanh), 2.0, {}),
         )
     },
     # what it returns

@@ -11,17 +11,18 @@ from support.gradients import check
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import ABAR, LEVELS, SOLVERS, injecting, leaf, levels, taking_levels
+from support.runs import ABAR, LEVELS, SOLVERS, TYPICAL, injecting, leaf, levels, taking_levels
 from support.strategies import MEMORIES, memories
 from support.tiers import once, pairs
 
 FLOW_SOLVERS = taking_levels(gs.solvers.names(flow=True))
+FLOW_TYPICAL = [name for name in TYPICAL if name in FLOW_SOLVERS]
 TIMES = (0.95, 0.6, 0.35, 0.1)
 
 # Central differences at 1e-5 err by about 1e-10, from the third derivative and from rounding.
 
 
-@pairs(solver=SOLVERS, kind=KINDS, memory=MEMORIES)
+@pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, kind=KINDS, memory=MEMORIES)
 def test_every_target_at_once(solver, kind, memory):
     z0, upper, shift, net = leaf(normal(2, 3)), leaf(levels(LEVELS[:-1])), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver}
@@ -37,7 +38,7 @@ def test_every_target_at_once(solver, kind, memory):
     check(run, z0, upper, shift, net.weight, net.bias, *tensors, whole=True)
 
 
-@once(solver=SOLVERS, memory=MEMORIES)
+@once(cheap={"solver": TYPICAL}, solver=SOLVERS, memory=MEMORIES)
 def test_of_a_run_down_to_level_zero(solver, memory):
     # Today's tools give NaN for the gradient to the levels here.
     z0, upper, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), Net()
@@ -50,7 +51,7 @@ def test_of_a_run_down_to_level_zero(solver, memory):
     check(run, z0, upper, net.weight)
 
 
-@once(solver=SOLVERS, memory=MEMORIES)
+@once(cheap={"solver": TYPICAL}, solver=SOLVERS, memory=MEMORIES)
 def test_of_the_final_level(solver, memory):
     z0, last, net = normal(2, 3), leaf(levels(LEVELS[-1:])), Net()
 
@@ -61,7 +62,7 @@ def test_of_the_final_level(solver, memory):
     check(run, last)
 
 
-@once(solver=SOLVERS, memory=MEMORIES)
+@once(cheap={"solver": TYPICAL}, solver=SOLVERS, memory=MEMORIES)
 def test_of_a_single_step(solver, memory):
     z0, sigmas, net = leaf(normal(2, 3)), leaf(levels([2.0, 0.4])), Net()
     options = injecting(solver)
@@ -73,14 +74,14 @@ def test_of_a_single_step(solver, memory):
     )
 
 
-@once(solver=SOLVERS, memory=MEMORIES)
+@once(cheap={"solver": TYPICAL}, solver=SOLVERS, memory=MEMORIES)
 def test_with_the_last_prediction_returned(solver, memory):
     z0, sigmas, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), Net()
     options = injecting(solver) | {"solver": solver, "final_denoise": True}
     check(lambda: gs.sample(net, z0, sigmas, memory=memory, **options), z0, sigmas, net.weight)
 
 
-@pairs(solver=SOLVERS, prediction=["epsilon", "v"], memory=MEMORIES)
+@pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, prediction=["epsilon", "v"], memory=MEMORIES)
 def test_of_every_prediction_kind(solver, prediction, memory):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(levels(LEVELS)), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "prediction": prediction}
@@ -93,7 +94,13 @@ def test_of_every_prediction_kind(solver, prediction, memory):
     )
 
 
-@pairs(solver=FLOW_SOLVERS, first=[0.95, 1.0], final=[0.1, 0.0], memory=MEMORIES)
+@pairs(
+    cheap={"solver": FLOW_TYPICAL},
+    solver=FLOW_SOLVERS,
+    first=[0.95, 1.0],
+    final=[0.1, 0.0],
+    memory=MEMORIES,
+)
 def test_in_flow_time(solver, first, final, memory):
     z0, shift, net = leaf(normal(2, 3)), leaf(normal(3)), Net()
     inner, upper = leaf(levels(TIMES[1:-1])), levels([first])

@@ -31,7 +31,7 @@ FLOORS = [
     "__main__",
     "app.*",
     "integrations.*",
-    "optimization.* gradient_flow gradient_health iteration",
+    "optimization.* gradient_flow gradient_health iteration decoding.* rewards",
     "comparisons differences",
     "sampling layout",
     "memory.*",
@@ -48,7 +48,8 @@ FLOORS = [
     "parameterization schedules models.*",
     "timesteps",
     "coordinates elementary",
-    "contract _checks _uncompiled _version",
+    "transforms",
+    "contract _checks _uncompiled _version repetition",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
@@ -57,7 +58,7 @@ GUESTS = {
     "kernels.*": "ops.backends",
     "ops.library": "ops.*",
     "ops.native": "ops.backends app.cli",
-    "models.*": "app.*",
+    "models.*": "app.* integrations.diffusers.digits_pipeline",
     "_version": "app.*",
 }
 ALONE = {"kernels.*": {"contract"}, "models.*": set()}
@@ -305,6 +306,7 @@ PUBLIC = [
     "__version__",
     "backends",
     "check",
+    "decode",
     "health",
     "integrate",
     "iterate",
@@ -314,6 +316,7 @@ PUBLIC = [
     "optimize",
     "policies",
     "regularizers",
+    "rewards",
     "sample",
     "schedules",
     "solvers",

@@ -23,7 +23,7 @@ from support.gradients import assert_close, gradients
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import LEVELS, SOLVERS, injecting, leaf, levels
+from support.runs import LEVELS, SOLVERS, TYPICAL, injecting, leaf, levels
 from support.strategies import memories
 from support.tiers import pairs
 
@@ -45,7 +45,7 @@ def assert_same_gradients(output, expected, inputs, tolerance=1e-12):
 # Agreement of the strategies.
 
 
-@pairs(solver=SOLVERS, kind=KINDS, dtype=TOLERANCE)
+@pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, kind=KINDS, dtype=TOLERANCE)
 def test_strategies_agree_on_every_target(solver, kind, dtype):
     z0, net = leaf(normal(4, 5, dtype=dtype)), Net(size=5, dtype=dtype)
     sigmas, shift = leaf(MANY), leaf(normal(5, dtype=dtype))

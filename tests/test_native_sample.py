@@ -16,7 +16,7 @@ from gradsampler.ops import backends
 from support.native_devices import DEVICES
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import SOLVERS
+from support.runs import SOLVERS, TYPICAL
 from support.tiers import pairs
 
 pytestmark = pytest.mark.skipif(
@@ -72,7 +72,7 @@ def gradients(solver, name, memory, dtype, backend, device):
     return x.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-@pairs(solver=SOLVERS, name=KINDS, memory=["store", "checkpoint"])
+@pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, name=KINDS, memory=["store", "checkpoint"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_run_and_its_gradients_agree_with_the_reference(device, solver, name, memory):
     for dtype, tolerance in ((F64, 1e-12), (F32, 1e-5)):

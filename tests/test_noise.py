@@ -18,6 +18,7 @@ from scipy import stats
 
 from gradsampler import contract, noise
 from gradsampler.noise import sources
+from gradsampler.noise.replayed import Replayed
 from gradsampler.noise.sources import Given, Mixture, NoiseSource, Off, Philox, SignedRoll, SinCos
 from support.philox import (
     DTYPES,
@@ -126,6 +127,9 @@ CASES = {
         gradient=False,
     ),
 }
+CASES["replayed"] = Case(
+    lambda z0: Replayed(lambda z0, i, number: tensors_like(z0)[i]), given_formula, gradient=False
+)
 EVERY = pytest.mark.parametrize("case", [pytest.param(c, id=k) for k, c in CASES.items()])
 WITH_GRADIENT = pytest.mark.parametrize(
     "case", [pytest.param(c, id=k) for k, c in CASES.items() if c.gradient]
@@ -900,8 +904,8 @@ def test_the_sources_are_values():
 
 def test_public_names_are_pinned():
     assert sorted(noise.__all__) == [
-        "Given", "Mixture", "NoiseSource", "Off", "Philox", "SignedRoll", "SinCos",
-        "names", "register", "resolve", "typical",
+        "Given", "Mixture", "NoiseSource", "Off", "Philox", "Replayed", "SignedRoll",
+        "SinCos", "names", "register", "resolve", "typical",
     ]  # fmt: skip
 
 
@@ -912,7 +916,8 @@ def test_the_registry_has_every_source():
     typical = noise.typical(normal((3, 7)), 2)
     classes = {value for value in vars(noise).values() if inspect.isclass(value)} - {NoiseSource}
     assert {type(source) for source in typical.values()} == classes
-    assert {type(noise.resolve(name)) for name in noise.names()} == classes - {Mixture, Given}
+    needing = {Mixture, Given, Replayed}  # arguments
+    assert {type(noise.resolve(name)) for name in noise.names()} == classes - needing
 
 
 @pytest.mark.parametrize("name", noise.names())

@@ -84,9 +84,7 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
     ("case", "frozen"),
     few(
         [*((case, True) for case in CASES), ("euler", False), ("heun", False)],
-        ("dpmpp_2m", True),
         ("euler", False),
-        ("leapfrog", True),
         ("own-noise", True),
     ),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import gradsampler as gs
 from gradsampler import policies
@@ -439,6 +440,22 @@ def test_what_does_not_fit_is_refused_before_any_call(case):
     with pytest.raises(kind, match=message):
         gs.sample(denoiser, leaf(normal(2, 3)), LEVELS, **make())
     assert denoiser.count == 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own
+def test_forward_mode_is_refused():
+    z0, monitor = normal(2, 3), gs.Monitor()
+
+    def run(**options):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(z0, z0)
+            return gs.sample(Net(), dual, LEVELS, memory="store", **options)
+
+    with pytest.raises(ValueError, match=r"gradient must be None under .*, got DetachedInput"):
+        run(gradient=policies.DetachedInput())
+    with pytest.raises(ValueError, match=r"monitor must be None under .*, got Monitor"):
+        run(monitor=monitor)
+    run(gradient=policies.Exact())
 
 
 # The page.

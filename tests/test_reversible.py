@@ -19,19 +19,19 @@ from torch import nn
 import gradsampler as gs
 from gradsampler import memory as memories
 from gradsampler import models
-from gradsampler.engine.replay import ReplayError
 from gradsampler.integrations.cosmos import Sampler
 from gradsampler.integrations.guided_diffusion import GaussianDiffusion
 from gradsampler.iteration import iterate
 from gradsampler.memory import Reversible, reversible
 from gradsampler.memory.planning.gauge import Live
+from gradsampler.repetition import ReplayError
 from support.alive import no_collector
 from support.gradients import assert_close, check, gradients
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import Gaussian, Mixture, normal
 from support.runs import ABAR, leaf, levels
-from support.tiers import pairs
+from support.tiers import few, pairs
 
 SOLVER = "midpoint_reversible"
 SIGMAS = gs.schedules.karras(7, sigma_min=0.05, sigma_max=9.0)
@@ -390,7 +390,7 @@ class Diary:
 
 @pytest.mark.parametrize(
     ("steps", "kind"),
-    [*product((35, 100), KINDS), pytest.param(1000, "philox", marks=pytest.mark.thorough)],
+    few([*product((35, 100), KINDS), (1000, "philox")], *product([35], KINDS)),
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_every_integer_comes_back(dtype, steps, kind, monkeypatch):

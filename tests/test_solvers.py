@@ -24,7 +24,7 @@ from gradsampler import solvers
 from gradsampler.solvers.exponential import phi1, phi2
 from support.noises import SOURCES
 from support.problems import Mixture, normal
-from support.tiers import pairs
+from support.tiers import few, pairs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -523,7 +523,7 @@ VP_CASES = {
 }
 
 
-@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("final", few(["zero", "sigma_min"], "zero"))
 @pytest.mark.parametrize("kind", ["epsilon", "v", "x0"])
 @pytest.mark.parametrize("case", VP_CASES.values(), ids=VP_CASES)
 def test_ddim_and_ddpm_are_guided_diffusions(case, kind, final):

@@ -30,9 +30,9 @@ from support.gradients import assert_close, gradients
 from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
-from support.runs import SOLVERS, injecting, leaf, levels
+from support.runs import SOLVERS, TYPICAL, injecting, leaf, levels
 from support.strategies import STRATEGIES
-from support.tiers import pairs
+from support.tiers import few, pairs
 
 SIGMAS = gs.schedules.karras(5, sigma_min=0.05, sigma_max=9.0)
 EXACT = [name for name in STRATEGIES if name != "store"]
@@ -42,7 +42,7 @@ exact = pytest.mark.parametrize("memory", EXACT)
 # Agreement with plain autograd.
 
 
-@pairs(solver=SOLVERS, kind=KINDS, memory=EXACT)
+@pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, kind=KINDS, memory=EXACT)
 def test_same_sample_and_gradients(solver, kind, memory, tmp_path):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver) | {"solver": solver, "cond": {"shift": shift}}
@@ -489,7 +489,7 @@ def test_all_goes_with_the_output(memory, tmp_path):
 
 
 @exact
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", few([torch.no_grad, torch.inference_mode], torch.no_grad))
 def test_nothing_is_kept_without_grad_mode(mode, memory, tmp_path):
     denoiser, z0 = Watched(), leaf(normal(2, 3))
     with no_collector(), mode():
@@ -855,7 +855,7 @@ def interpreted(program, model, z0, noise, first, shift):
 
 
 @pytest.mark.filterwarnings("ignore:memory=Truncated. the gradient to z0 is zero")
-@pairs(solver=SOLVERS, kind=KINDS, inner=["store", "checkpoint"])
+@pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, kind=KINDS, inner=["store", "checkpoint"])
 def test_truncated_against_an_interpreter(solver, kind, inner):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()
     options = injecting(solver)

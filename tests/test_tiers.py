@@ -29,6 +29,19 @@ def test_the_rest_is_thorough():
     mark = pairs(first="abc", second="xy")
     assert mark.args[0] == ["first", "second"]
     assert [bool(case.marks) for case in mark.args[1]] == [False] * 3 + [True] * 3
-    assert once(first="abc", second="xy").args[1] == [case.values for case in mark.args[1][:3]]
+    assert once(first="abc", second="xy").args[1] == mark.args[1][:3]
     marks = {case.values: [m.name for m in case.marks] for case in few(["a", ("b", 1)], "a")}
     assert marks == {("a",): [], ("b", 1): ["thorough"]}
+
+
+@pytest.mark.parametrize("thinned", [pairs, once])
+def test_some_values_stand_for_the_others(thinned):
+    full = thinned(first="abcdef", second="xyz").args[1]
+    found = thinned(first="abcdef", second="xyz", cheap={"first": "bd"}).args[1]
+    near = [case.values for case in found if not case.marks]
+    assert {first for first, _ in near} == {"b", "d"}
+    assert {second for _, second in near} == set("xyz")
+    assert len(near) == 3
+    assert {case.values for case in full} <= {case.values for case in found}
+    with pytest.raises(AssertionError):
+        thinned(first="abc", second="xy", cheap={"first": "z"})

@@ -11,6 +11,7 @@ from gradsampler.contract import Draw
 from gradsampler.ops import backends, library
 from support.tiers import few, pairs
 
+OPS = torch.ops.gradsampler
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [name for name in ("reference", "triton", DEVICE) if backends.present(name)]
 
@@ -54,7 +55,7 @@ def step_arguments(kind, backend, learned):
     backend=BACKENDS,
 )
 def test_opcheck_step(kind, learned, backend):
-    torch.library.opcheck(library.step, step_arguments(kind, backend, learned == "tensors"))
+    torch.library.opcheck(OPS.step.default, step_arguments(kind, backend, learned == "tensors"))
 
 
 @pairs(kind=["none", "signed_roll", "given"], backend=BACKENDS)
@@ -64,7 +65,7 @@ def test_opcheck_step_out(kind, backend):
     rest = [x.detach() if isinstance(x, torch.Tensor) else x for x in rest]
     out = torch.empty(2, 5, dtype=dtype, device=DEVICE)
     terms = [x.detach() for x in terms]
-    torch.library.opcheck(library.step_out, (terms, *rest, out, backend))
+    torch.library.opcheck(OPS.step_out.default, (terms, *rest, out, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,7 +74,7 @@ def test_opcheck_step_backward(backend):
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in rest]
     needs = [True, False, True, True, False, True]
     arguments = (normal(2, 5), [x.detach() for x in terms], *detached, needs, backend)
-    torch.library.opcheck(library.step_backward, arguments)
+    torch.library.opcheck(OPS.step_backward.default, arguments)
 
 
 @pairs(by=["value", "tensor"], clamp=[[], [-0.5, 0.5]], backend=BACKENDS)
@@ -83,22 +84,22 @@ def test_opcheck_ancestral_step(by, clamp, backend):
     nonzero = torch.tensor([1.0, 0.0], dtype=torch.float64, device=DEVICE)
     inputs = (leaf(2, 3, 4), leaf(2, 6, 4, seed=1), leaf(2, 3, 4, seed=2))
     rest = (*coefs, nonzero, clamp)
-    torch.library.opcheck(library.ancestral_step, (*inputs, *rest, backend))
+    torch.library.opcheck(OPS.ancestral_step.default, (*inputs, *rest, backend))
     detached = [x.detach() for x in inputs]
     needs = [True, True, False]
     arguments = (normal(2, 3, 4), *detached, *rest, needs, backend)
-    torch.library.opcheck(library.ancestral_step_backward, arguments)
+    torch.library.opcheck(OPS.ancestral_step_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_flow_pair(backend):
     inputs = (leaf(2, 5), leaf(2, seed=1), leaf(2, 5, seed=2))
-    torch.library.opcheck(library.flow_pair, (*inputs, 1e-3, backend))
+    torch.library.opcheck(OPS.flow_pair.default, (*inputs, 1e-3, backend))
     detached = [x.detach() for x in inputs]
     cotangents = (normal(2, 5, seed=3), normal(2, 5, seed=4))
     needs = [True, True, True]
     torch.library.opcheck(
-        library.flow_pair_backward, (*cotangents, *detached, 1e-3, needs, backend)
+        OPS.flow_pair_backward.default, (*cotangents, *detached, 1e-3, needs, backend)
     )
 
 
@@ -106,12 +107,12 @@ def test_opcheck_flow_pair(backend):
 def test_opcheck_reparameterize(shape, backend):
     nonzero = torch.tensor([0.5, 0.0], dtype=torch.float64, device=DEVICE).requires_grad_()
     inputs = (leaf(2, 3, 4), leaf(*shape, seed=1), leaf(2, 3, 4, seed=2), nonzero)
-    torch.library.opcheck(library.reparameterize, (*inputs, backend))
-    torch.library.opcheck(library.reparameterize, (*inputs[:3], None, backend))
+    torch.library.opcheck(OPS.reparameterize.default, (*inputs, backend))
+    torch.library.opcheck(OPS.reparameterize.default, (*inputs[:3], None, backend))
     detached = [x.detach() for x in inputs]
     for needs in ([True] * 4, [False, True, False, False]):
         arguments = (normal(2, 3, 4), *detached, needs, backend)
-        torch.library.opcheck(library.reparameterize_backward, arguments)
+        torch.library.opcheck(OPS.reparameterize_backward.default, arguments)
 
 
 def test_every_op_of_the_namespace_is_checked_above():

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.cotangents import Cotangents, Gradients
 from gradsampler.engine.monitor import Monitor
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.program import Evaluation, Slot
-from gradsampler.engine.replay import ReplayError, Sketch, changed
+from gradsampler.engine.replay import Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
+from gradsampler.repetition import ReplayError
 
 
 class States(Protocol):
@@ -293,6 +295,7 @@ class Connection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, lam: Tensor) -> tuple[Tensor | None, ...]:
         """Cotangents of z0, the coefficients and the inputs."""
+        transforms.refuse("memory", "another strategy", lam)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a run that keeps no activations must be differentiated once, got "

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsampler import _checks
-from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import version
+from gradsampler.repetition import ReplayError
 
 _ROOM = 2**26  # bytes of copies; beside them the largest buffers are taken to stay as they are
 

@@ -14,7 +14,7 @@ from gradsampler.engine import parts
 from gradsampler.engine.buffers import Buffers, Values
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.randomness import Astray, Moves, Randomness
-from gradsampler.engine.replay import ReplayError
+from gradsampler.repetition import ReplayError
 
 T = TypeVar("T")
 

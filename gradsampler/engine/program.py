@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.elementary import as_float
 from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization, parameterize
@@ -513,4 +514,4 @@ def column(c: float | Tensor, x: Tensor) -> float | Tensor:
 
 def _absent(c: Coefficient) -> bool:
     # A zero that depends on the levels stays: its value is 0, its derivative is not.
-    return bool(c == 0) and not (isinstance(c, Tensor) and c.requires_grad)
+    return bool(c == 0) and not (isinstance(c, Tensor) and transforms.followed(c))

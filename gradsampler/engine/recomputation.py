@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.program import Evaluation, Slot
-from gradsampler.engine.replay import ReplayError, Sketch, changed
+from gradsampler.engine.replay import Sketch, changed
+from gradsampler.repetition import ReplayError
 
 __all__ = ["recomputed"]
 
@@ -60,6 +61,7 @@ def recomputed(
     """
     if not torch.is_grad_enabled():
         return function(*args, **(kwargs or {}))
+    transforms.refuse(f"{name}: memory", "another strategy")
     call = _Call(function, args, kwargs or {}, roots or (function, args, kwargs), name)
     return call.connected()
 
@@ -183,6 +185,8 @@ class _Connection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Cotangents of the inputs and leaves."""
+        for g in cotangents:
+            transforms.refuse("memory", "another strategy", g)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a call that keeps no activations must be differentiated once, got "

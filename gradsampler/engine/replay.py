@@ -16,11 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
-class ReplayError(RuntimeError):
-    """A model call that was made again returned something else, so its gradient would be wrong."""
-
-
 # How far elements of two calls may be apart, relative to the root of their mean square. Of float32
 # it is what convolutions do on a GPU, where they may compute in TF32.
 _ROUNDING = {

@@ -15,8 +15,8 @@ from gradsampler import _checks
 from gradsampler.elementary import Coefficient, as_float
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Affine, Recorder
-from gradsampler.engine.randomness import RandomState
-from gradsampler.noise.sources import Cotangent, NoiseSource
+from gradsampler.noise.replayed import Replayed
+from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization, Preconditioning
 from gradsampler.solvers import Churn
 
@@ -66,47 +66,20 @@ class X0Function(Parameterization):
         return iter(())  # their dtype does not count, that of the state does
 
 
-class Drawn(NoiseSource):
-    """Cosmos's noise: ``torch.randn_like`` of the state, from torch's default generator.
+def drawn(x: Tensor, amounts: Amounts) -> Replayed:
+    """Cosmos's noise: ``torch.randn_like`` of the state, from torch's default generator."""
 
-    The generator's state before each draw is kept, so that the same noise can be drawn again.
-    """
-
-    def __init__(self, x: Tensor, amounts: Amounts) -> None:
-        self._x = x
-        self._amounts = amounts
-        self._before: dict[int, RandomState] = {}
-
-    @property
-    def of_z0(self) -> bool:
-        return False
-
-    @torch.no_grad()
-    def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
-        now = RandomState(z0.device)
-        if step not in self._before:
-            self._before[step] = now
-            return self._drawn(z0, step)
-        self._before[step].restore()
-        try:
-            return self._drawn(z0, step)
-        finally:
-            now.restore()
-
-    def _drawn(self, z0: Tensor, step: int) -> Tensor:
+    def draw(z0: Tensor, step: int, number: int) -> Tensor:
         if step > 0:
             return torch.randn_like(z0)
         # Only its first step makes Cosmos's state float64: before that the noise is drawn, and the
         # sum rounded, in the input's dtype.
-        noise, amount = torch.randn_like(self._x), self._amounts[0].to(z0.device)
+        noise, amount = torch.randn_like(x), amounts[0].to(z0.device)
         if amount == 0:
-            return noise.to(z0.dtype)
-        return ((self._x + amount * noise).to(z0.dtype) - self._x.to(z0.dtype)) / amount
+            return noise
+        return ((x + amount * noise).to(z0.dtype) - x.to(z0.dtype)) / amount
 
-    def transpose(
-        self, g: Tensor, z0: Tensor, step: int, num_steps: int, draw: int = 0
-    ) -> Cotangent:
-        return Cotangent(None, {})
+    return Replayed(draw)
 
 
 @dataclass

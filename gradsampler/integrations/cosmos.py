@@ -28,10 +28,10 @@ from gradsampler.integrations._res import (
     Amounts,
     Callback,
     Callbacks,
-    Drawn,
     Network,
     OpenChurn,
     X0Function,
+    drawn,
 )
 from gradsampler.memory import Memory
 from gradsampler.noise.sources import NoiseSource, Off, SinCos
@@ -384,9 +384,10 @@ def _solved(
     program = method.program(levels, model, churn=churn, final_denoise=cfg.sample_clean)
     amounts = {i.step: program.coefficients[i.coefficient].detach() for i in program.injections}
     if noise is None:
-        noise = Drawn(x.detach(), amounts) if amounts else Off()
+        noise = drawn(x.detach(), amounts) if amounts else Off()
     else:
-        noise = _announced(noise, churn, amounts).prepare(z0, program.noises)
+        noise = _announced(noise, churn, amounts)
+    noise = noise.prepare(z0, program.noises)  # once: callbacks ask for it as well
     if callback_fns:
         on_device = levels.detach().to(x.device)
         model.callback = Callback(callback_fns, noise, amounts, z0.detach(), on_device)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory strategies by name: what a run keeps for its backward pass."""
 
+from gradsampler import transforms
 from gradsampler.memory import named
 from gradsampler.memory.auto import Auto
 from gradsampler.memory.base import Memory
@@ -35,6 +36,14 @@ __all__ = [
 
 
 def resolve(memory: str | Memory) -> Memory:
-    """The strategy for a name of `names()`, "revolve:8", "truncated:4", or an object."""
+    """The strategy for a name of `names()`, "revolve:8", "truncated:4", or an object.
+
+    Raises:
+        ValueError: for an unknown name; for all but "store" under torch.func and forward mode.
+    """
     steps = named.number(memory, "truncated")
-    return named.exact("memory", memory, ["truncated:4"]) if steps is None else Truncated(steps)
+    exact = named.exact("memory", memory, ["truncated:4"]) if steps is None else None
+    strategy = exact or Truncated(steps or 1)
+    if not strategy.transformable:
+        transforms.refuse("memory", repr(memory))
+    return strategy

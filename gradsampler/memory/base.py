@@ -14,6 +14,7 @@ class Memory(ABC):
 
     exact: ClassVar[bool] = True  # gives the gradient of the run, to rounding
     any_program: ClassVar[bool] = True  # runs every solver, also what is no solver's
+    transformable: ClassVar[bool] = False  # torch.func, vmap and forward mode see through it
 
     @abstractmethod
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:

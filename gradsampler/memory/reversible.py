@@ -12,12 +12,12 @@ from gradsampler import _checks
 from gradsampler.engine.adjoint import Adjoint, Call, Connection
 from gradsampler.engine.cotangents import Gradients
 from gradsampler.engine.program import Evaluation, Slot
-from gradsampler.engine.replay import ReplayError
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory.base import Memory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.leapfrog import FixedPoint, Leapfrog
 from gradsampler.ops.reference import fixed_point
+from gradsampler.repetition import ReplayError
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation, Numbers
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
@@ -21,12 +22,16 @@ from gradsampler.ops.recorded import differentiable
 class Store(Memory):
     """Plain autograd through the whole run: N times the activations of one model call.
 
-    The fastest, and the only strategy with a gradient of the gradient.
+    The fastest, and the only strategy with a gradient of the gradient, under torch.func's
+    transforms, and with derivatives in forward mode.
     """
+
+    transformable: ClassVar[bool] = True
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         coefficients = trajectory.program.coefficients
         learned = coefficients.requires_grad and torch.is_grad_enabled()
+        learned = learned or (transforms.active() and transforms.followed(coefficients))
         fixed = trajectory.program.numbers(z0.device)
         numbers: Numbers = coefficients.to(z0.device).unbind() if learned else fixed
         warned = False
@@ -51,7 +56,7 @@ class Store(Memory):
             wide = [d.to(torch.promote_types(d.dtype, trajectory.state_dtype)) for d in outputs]
             return hooks.outputs(evaluation, wide)
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transforms.active():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         x = trajectory.forward(z0, numbers, evaluate)
         hooks.ended(x)
@@ -73,7 +78,7 @@ class _Use(torch.autograd.Function):
 
 def _summed_wide(x: Tensor) -> Callable[[], Tensor]:
     """Gives a tensor of 16 bits for each of its uses, whose cotangents are added up in float32."""
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not (x.requires_grad and torch.is_grad_enabled()) or transforms.active():
         return lambda: x
     wide = torch.promote_types(x.dtype, torch.float32)
     if wide == x.dtype:

@@ -2,6 +2,7 @@
 """Step noises: what a sampler injects at step i of N, as a function of the initial noise z0."""
 
 from gradsampler.noise.named import names, register, resolve, typical
+from gradsampler.noise.replayed import Replayed
 from gradsampler.noise.sources import (
     Given,
     Mixture,
@@ -18,6 +19,7 @@ __all__ = [
     "NoiseSource",
     "Off",
     "Philox",
+    "Replayed",
     "SignedRoll",
     "SinCos",
     "names",

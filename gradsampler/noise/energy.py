@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 
 SIGMAS = 6.0  # standard deviations that chance is given; 2e-9 of the samples lie beyond
 
@@ -43,8 +43,7 @@ class Energy:
     def __init__(self, z0: Tensor) -> None:
         self._worst: Tensor | None = None
         self._done: torch.Event | None = None
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if z0.is_meta or transformed or torch.compiler.is_compiling():
+        if z0.is_meta or transforms.active() or torch.compiler.is_compiling():
             return  # there are no numbers to look at
         with torch.no_grad():
             flat = z0.detach().flatten(1)

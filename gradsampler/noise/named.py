@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gradsampler import _checks
+from gradsampler.noise.replayed import Replayed
 from gradsampler.noise.sources import (
     Given,
     Mixture,
@@ -34,6 +35,9 @@ _REGISTRY: dict[str, Family] = {
     "philox": Family(Philox, lambda z0, n: Philox(2**64 - 1)),
     "mixture": Family(Mixture, lambda z0, n: Mixture(SignedRoll(3), 0.7, 2**40 + 7)),
     "given": Family(Given, lambda z0, n: Given([Philox(11).at(z0, k, n) for k in range(n)])),
+    "replayed": Family(
+        Replayed, lambda z0, n: Replayed(lambda z0, i, draw: Philox(23).at(z0, i, n, draw))
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.contract import GIVEN, OFF, SIGNED_ROLL, SINCOS, Draw
 from gradsampler.elementary import as_float
 from gradsampler.noise import philox
@@ -193,7 +193,7 @@ class SinCos(NoiseSource):
 
     @property
     def _learned(self) -> bool:
-        return any(x.requires_grad for x in self.tensors)
+        return any(map(transforms.followed, self.tensors))
 
     def at(self, z0: Tensor, step: int, num_steps: int, draw: int = 0) -> Tensor:
         z = _widened(z0)

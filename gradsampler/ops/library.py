@@ -3,7 +3,7 @@
 
 An injection travels as words and numbers, the two lists of a `Draw`, both empty where nothing is
 injected. Coefficients are floats (``factors``), or a tensor that may require grad. A backward that
-is itself differentiated falls back to plain torch.
+is itself differentiated, or batched, falls back to plain torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsampler import transforms
 from gradsampler.contract import Draw
 from gradsampler.ops import backends, reference
 
@@ -21,12 +22,22 @@ _LIBRARY = torch.library.Library("gradsampler", "DEF")
 def _register(
     name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Defines an op that picks its backend from its last argument."""
+    """Defines an op that picks its backend from its last argument.
+
+    What is returned runs the op; under torch.func, vmap and forward mode it runs plain torch, which
+    they see through, for a registered op has no derivative there.
+    """
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run, "CPU")
     _LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"gradsampler::{name}", fake, lib=_LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.gradsampler, name).default
+    registered: Callable[..., Any] = getattr(torch.ops.gradsampler, name).default
+
+    def op(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not transforms.active():
+            return registered(*arguments)
+        return run(*arguments[:-1], "reference")
+
     return op
 
 
@@ -63,10 +74,14 @@ def _twice(
     run: Callable[..., Any], inputs: Sequence[Tensor | None], needs: Sequence[bool], g: Any
 ) -> list[Tensor]:
     """The gradients that were asked for, by plain torch, so that they have gradients too."""
+    again = torch.is_grad_enabled()
     fresh = [x if x is None or x.requires_grad else x.detach().requires_grad_() for x in inputs]
     wanted = [x for x, need in zip(fresh, needs, strict=True) if need and x is not None]
-    found = torch.autograd.grad(run(fresh), wanted, g, create_graph=True, materialize_grads=True)
-    return list(found)
+    with torch.enable_grad():
+        result = run(fresh)
+    found = torch.autograd.grad(result, wanted, g, create_graph=again, allow_unused=True)
+    pairs = zip(wanted, found, strict=True)
+    return [torch.zeros_like(x) if gradient is None else gradient for x, gradient in pairs]
 
 
 _STEP = (
@@ -175,8 +190,8 @@ def _step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     needs = [*needs_terms, needs_coefs, needs_z0, needs_given, needs_noise]
     *terms, coefs, z0, given, noise_coef = ctx.saved_tensors
     factors, noise_number, words, numbers, backend = ctx.rest
-    if torch.is_grad_enabled():
-        whole = [x if x.numel() else torch.zeros_like(g, dtype=x.dtype) for x in terms]
+    if torch.is_grad_enabled() or transforms.active(g):
+        whole = [x if x.numel() else x.new_zeros(g.shape) for x in terms]
 
         def run(inputs: list[Tensor | None]) -> Tensor:
             *parts, c, z, n, s = inputs
@@ -286,7 +301,7 @@ def _ancestral_step_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, model_output, noise, coefs, nonzero = ctx.saved_tensors
     factors, clamp, backend = ctx.rest
     needs = list(ctx.needs_input_grad[:3])
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or transforms.active(g):
 
         def run(inputs: list[Any]) -> Tensor:
             state, output, drawn = inputs
@@ -370,7 +385,7 @@ def _reparameterize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _reparameterize_autograd(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or transforms.active(g):
 
         def run(inputs: list[Any]) -> Tensor:
             mean, log_variance, noise, nonzero = inputs
@@ -453,7 +468,7 @@ def _flow_pair_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _flow_pair_autograd(ctx: Any, gx: Tensor, gv: Tensor) -> tuple[Any, ...]:
     sigma_min, backend = ctx.rest
     needs = list(ctx.needs_input_grad[:3])
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or transforms.active(gx) or transforms.active(gv):
 
         def run(inputs: list[Any]) -> tuple[Tensor, Tensor]:
             data, time, noise = inputs

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from gradsampler import transforms
 from gradsampler.contract import GIVEN, OFF, Draw
 from gradsampler.ops import backends, library, reference
 
@@ -58,21 +58,18 @@ class Step(torch.autograd.Function):
 
 
 def _absorbed(ctx: Any, g: Tensor, z0: Tensor) -> Tensor:
-    """The cotangent of z0; by plain torch where that is to be differentiated again."""
-    if torch.is_grad_enabled():
+    """The cotangent of z0; by plain torch where that is differentiated again or batched."""
+    if torch.is_grad_enabled() or transforms.active(g):
         compute = torch.promote_types(g.dtype, z0.dtype)
-        n = reference.drawn(ctx.draw, z0, g, torch.promote_types(compute, torch.float32))
-        (dz0,) = torch.autograd.grad(n, z0, (g * ctx.amount).to(n.dtype), create_graph=True)
+        wide = torch.promote_types(compute, torch.float32)
+        with torch.enable_grad():
+            n = reference.drawn(ctx.draw, z0, g, wide)
+        again = torch.is_grad_enabled()
+        (dz0,) = torch.autograd.grad(n, z0, (g * ctx.amount).to(wide), create_graph=again)
         return dz0
     dz0 = torch.zeros_like(z0)
     ctx.backend.step_bwd(g, [], [], z0, ctx.draw, ctx.amount, dz0=dz0, needs_terms=[])
     return dz0
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work."""
-    stack = torch._C._functorch.peek_interpreter_stack()
-    return stack is not None or forward_ad._current_level >= 0
 
 
 def differentiable(backend: backends.Backend) -> backends.Backend:
@@ -80,7 +77,7 @@ def differentiable(backend: backends.Backend) -> backends.Backend:
 
     Plain torch also serves every transform that a node of our own does not know.
     """
-    if backend is backends.REFERENCE or transformed():
+    if backend is backends.REFERENCE or transforms.active():
         return backends.REFERENCE
 
     def step_fwd(

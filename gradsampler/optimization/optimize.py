@@ -3,46 +3,19 @@
 
 import inspect
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from gradsampler import _checks
 from gradsampler._uncompiled import uncompiled
 from gradsampler.arguments import Denoiser, checked_levels
-from gradsampler.engine import parts
-from gradsampler.engine.observer import NonFiniteError
-from gradsampler.engine.randomness import RandomState
-from gradsampler.optimization.identity import Identity
-from gradsampler.optimization.journal import Journal
-from gradsampler.optimization.statistics import RunningStatistics
+from gradsampler.optimization.descent import OptimizeResult, OptimizeStep, check, descend
 from gradsampler.parameterization import Parameterization
 from gradsampler.sampling import sample
 
 __all__ = ["OptimizeResult", "OptimizeStep", "optimize"]
-
-
-class OptimizeStep(NamedTuple):
-    """One line of the history: the run from the noise before the update."""
-
-    loss: float
-    gradient_norm: float  # of all of z0's gradient, before clipping
-    z0_norm: float  # root mean square over samples of |z0|/sqrt(d); 1 for standard normal noise
-    seconds: float
-
-
-@dataclass(frozen=True)
-class OptimizeResult:
-    """What an optimisation found."""
-
-    z0: Tensor  # [B, *state] optimised noise
-    sample: Tensor  # [B, *state] its sample
-    history: list[OptimizeStep]
 
 
 @uncompiled
@@ -57,6 +30,7 @@ def optimize(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     maximize: bool = False,
     regularizer: Callable[[Tensor], Tensor] | None = None,
+    projection: Callable[[Tensor], Tensor] | None = None,
     grad_clip: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     identity: Mapping[str, str] | None = None,
@@ -78,6 +52,8 @@ def optimize(
         optimizer: called as optimizer([z0], lr=lr).
         maximize: ascends the loss in place of descending it; the regularizer stays a penalty.
         regularizer: from z0 to a scalar penalty, such as `regularizers.ChiNorm`.
+        projection: from z0 to the noise that the next step begins with, such as
+            `regularizers.Sphere`.
         grad_clip: largest norm of the gradient handed to the optimizer.
         checkpoint: a file saved atomically after each step; where it exists the run goes on from
             it, and on the same machine gives the numbers of an uninterrupted run bit for bit. The
@@ -107,165 +83,36 @@ def optimize(
         >>> found.history[-1].loss < found.history[0].loss
         True
     """
-    _check_arguments(z0, steps, lr, grad_clip, optimizer, loss, regularizer)
+    check(z0, steps, lr, grad_clip, optimizer, loss, regularizer, projection)
     levels = checked_levels(sigmas, flow=sample_kwargs.get("prediction") == "flow")
-    noise = z0.detach().clone().requires_grad_()
-    update = optimizer([noise], lr=lr)
     sample_kwargs["check_finite"] = check_finite
-    history: list[OptimizeStep] = []
-    journal = None
-    if checkpoint is not None:
-        settings = _settings(
-            update,
-            sample_kwargs,
-            denoiser=denoiser,
-            z0=z0,
-            sigmas=levels,
-            lr=lr,
-            maximize=maximize,
-            grad_clip=grad_clip,
-            regularizer=regularizer,
-        )
-        seen = Identity(settings)
-        named = {name: {"": text} for name, text in (identity or {}).items()}
-        journal = Journal(checkpoint, seen.by_argument() | named)
-        held = parts.reachable(settings).generators
-        run = _Run(noise, update, RunningStatistics(seen), held)
-        history = run.resume(journal.load())
-
-    with tqdm(total=steps, initial=len(history), desc="optimising", disable=not progress) as bar:
-        while len(history) < steps:
-            start = time.perf_counter()
-            value = loss(sample(denoiser, noise, sigmas, **sample_kwargs))
-            _check_value("loss", value, finite=check_finite, step=len(history))
-            objective = -value if maximize else value
-            if regularizer is not None:
-                penalty = regularizer(noise)
-                if isinstance(penalty, int | float):
-                    penalty = torch.tensor(float(penalty))
-                _check_value("regularizer", penalty, finite=check_finite, step=len(history))
-                objective = objective + penalty
-            noise.grad = _gradient(value, objective, noise)
-            size = float(noise.grad.norm())
-            if check_finite and not bool(torch.isfinite(noise.grad).all()):
-                _stop("gradient", size, len(history))
-            level = float(noise.detach().square().mean().sqrt())
-            if grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_([noise], grad_clip)
-            update.step()
-            seconds = time.perf_counter() - start
-            history.append(OptimizeStep(value.item(), size, level, seconds))
-            if journal is not None:
-                journal.save(run.state(history))
-            bar.set_postfix(loss=f"{history[-1].loss:.4g}", grad=f"{size:.3g}", refresh=False)
-            bar.update()
-    with torch.no_grad():
-        found = sample(denoiser, noise, sigmas, **sample_kwargs)
-    return OptimizeResult(noise.detach(), found, history)
-
-
-def _check_arguments(
-    z0: Tensor,
-    steps: int,
-    lr: float,
-    grad_clip: float | None,
-    optimizer: object,
-    loss: object,
-    regularizer: object,
-) -> None:
-    if not _checks.batched("z0", z0).requires_grad:
-        _checks.fail("z0", "require grad", "requires_grad=False", "call z0.requires_grad_()")
-    _checks.integer("steps", steps, 1)
-    if not _checks.finite("lr", lr) > 0:
-        _checks.fail("lr", "be positive", lr)
-    if grad_clip is not None and not _checks.finite("grad_clip", grad_clip) > 0:
-        _checks.fail("grad_clip", "be positive", grad_clip)
-    if not callable(optimizer):
-        _checks.fail_type("optimizer", "be callable as optimizer([z0], lr=lr)", optimizer)
-    if not callable(loss):
-        _checks.fail_type("loss", "be callable as loss(sample)", loss)
-    if regularizer is not None and not callable(regularizer):
-        _checks.fail_type("regularizer", "be callable as regularizer(z0)", regularizer)
-    if not torch.is_grad_enabled():
-        _checks.fail("optimize", "be called in grad mode", "torch.no_grad or inference_mode")
-
-
-def _check_value(name: str, value: object, *, finite: bool, step: int) -> None:
-    """Checks what the loss or the regularizer returned."""
-    what = f"{name}: the value that it returns"
-    if not isinstance(value, Tensor):
-        _checks.fail_type(what, "be a scalar tensor", value)
-    _checks.shape(what, value, ())
-    if finite and not bool(torch.isfinite(value)):
-        _stop(name, value.item(), step)
-
-
-def _stop(name: str, value: float, step: int) -> NoReturn:
-    """Stops before the optimizer sees what would spoil z0."""
-    raise NonFiniteError(
-        f"{name} of optimisation step {step} must be finite, got {name} {value}; a checkpoint "
-        "holds the step before"
+    return descend(
+        lambda noise: sample(denoiser, noise, sigmas, **sample_kwargs),
+        z0,
+        loss,
+        {"denoiser": denoiser, "sigmas": levels, **_settings(sample_kwargs)},
+        steps=steps,
+        lr=lr,
+        optimizer=optimizer,
+        maximize=maximize,
+        regularizer=regularizer,
+        projection=projection,
+        grad_clip=grad_clip,
+        checkpoint=checkpoint,
+        identity=identity,
+        progress=progress,
+        check_finite=check_finite,
     )
 
 
-def _gradient(value: Tensor, objective: Tensor, noise: Tensor) -> Tensor:
-    """The gradient to the noise alone: a network that could be trained accumulates nothing."""
-    hint = "`gradsampler check` says which link of a run is broken"
-    if not value.requires_grad:
-        _checks.fail("loss", "depend on z0", "a value without gradient", hint)
-    (gradient,) = torch.autograd.grad(objective, noise, allow_unused=True)
-    if gradient is None:
-        _checks.fail("loss", "depend on z0", "a value whose gradient does not reach z0", hint)
-    return gradient
-
-
-def _settings(
-    update: torch.optim.Optimizer, sample_kwargs: Mapping[str, Any], **arguments: object
-) -> dict[str, object]:
-    """What the numbers of an optimisation depend on, defaults of `sample` included."""
-    (group, *_) = update.param_groups
-    optimizer = {"type": type(update)} | {k: v for k, v in group.items() if k != "params"}
+def _settings(sample_kwargs: Mapping[str, Any]) -> dict[str, object]:
+    """What the numbers of a run depend on, defaults of `sample` included."""
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(sample).parameters.items()
         if parameter.default is not parameter.empty
     }
-    sampler = {k: v for k, v in (defaults | dict(sample_kwargs)).items() if k not in _WATCHING}
-    return {**arguments, "optimizer": optimizer, **sampler}
+    return {k: v for k, v in (defaults | dict(sample_kwargs)).items() if k not in _WATCHING}
 
 
 _WATCHING = ("callback", "progress", "check_finite", "monitor")  # change no number
-
-
-class _Run:
-    """What moves in the course of an optimisation, as a state for a file."""
-
-    def __init__(
-        self,
-        noise: Tensor,
-        update: torch.optim.Optimizer,
-        statistics: RunningStatistics,
-        held: Sequence[torch.Generator],
-    ) -> None:
-        self._noise, self._update, self._held = noise, update, held
-        self._statistics = statistics
-
-    def state(self, history: list[OptimizeStep]) -> dict[str, Any]:
-        return {
-            "z0": self._noise.detach(),
-            "optimizer": self._update.state_dict(),
-            "history": [tuple(step) for step in history],
-            "random": RandomState(self._noise.device, generators=self._held).tensors,
-            "buffers": self._statistics.changed(),
-        }
-
-    def resume(self, state: dict[str, Any] | None) -> list[OptimizeStep]:
-        """Puts everything where the saved run stood; returns its history."""
-        if state is None:
-            return []
-        with torch.no_grad():
-            self._noise.copy_(state["z0"])
-        self._update.load_state_dict(state["optimizer"])
-        self._statistics.restore(state["buffers"])
-        RandomState(self._noise.device, state["random"], self._held).restore()
-        return [OptimizeStep(*step) for step in state["history"]]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.elementary import Coefficient, as_float, sqrt
 from gradsampler.engine.program import Affine, Program, Recorder
 from gradsampler.parameterization import Parameterization, parameterize
@@ -125,7 +125,8 @@ class Solver(ABC):
             final_denoise: one last evaluation at ``sigmas[-1]``, whose D is the result.
             started: begins with a given state at ``sigmas[0]`` instead, the ``start`` of the run.
         """
-        levels: Sequence[Coefficient] = sigmas.unbind() if sigmas.requires_grad else sigmas.tolist()
+        followed = transforms.followed(sigmas)
+        levels: Sequence[Coefficient] = sigmas.unbind() if followed else sigmas.tolist()
         run = Recorder(parameterize(denoiser, prediction).on(sigmas), len(levels) - 1)
         if math.isinf(as_float(levels[0])):
             first = run.start() if started else run.z0()
@@ -170,7 +171,7 @@ def check_amounts(method: Solver | Churn, owner: str, *names: str) -> None:
     """
     for name in names:
         amount = _checks.coefficient(f"{owner}: {name}", getattr(method, name), 0.0)
-        learned = isinstance(amount, Tensor) and amount.requires_grad
+        learned = isinstance(amount, Tensor) and transforms.followed(amount)
         if learned and amount == 0 and name != "s_noise":
             hint = "start with a little noise"
             _checks.fail(f"{owner}: {name}", "be above 0 where it is learned", 0.0, hint)

@@ -75,6 +75,19 @@ def recorded() -> Iterator[list[Call]]:
         yield calls
 
 
+@contextmanager
+def unprepared() -> Iterator[None]:
+    """Launches by Triton's own way, to compare with the prepared one."""
+    before = {name: launcher._specialised for name, launcher in LAUNCHERS.items()}
+    for launcher in LAUNCHERS.values():
+        launcher._specialised = None
+    try:
+        yield
+    finally:
+        for name, launcher in LAUNCHERS.items():
+            launcher._specialised = before[name]
+
+
 class AbsentDriver:
     """What `JITFunction.run` asks a driver for."""
 

@@ -13,6 +13,18 @@ def taking_levels(names):
 
 
 SOLVERS = taking_levels(gs.solvers.names())
+# One of each structure, which stands for the others where what is tested is not the solver.
+TYPICAL = [
+    "euler",  # one evaluation a step
+    "heun",  # two of them, and churn
+    "dpmpp_2m",  # outputs of steps before
+    "dpmpp_2m_sde",  # and a noise
+    "dpmpp_sde",  # two noises a step
+    "uni_pc",  # a corrector
+    "midpoint_reversible",  # a state of two steps before
+    "euler_ancestral_cfg_pp",  # branches of a guided prediction
+    "restart",  # levels that rise again
+]
 LEVELS = (3.0, 1.3, 0.7, 0.3)  # N = 3
 ABAR = torch.tensor([0.98, 0.8, 0.5, 0.2, 0.03], dtype=torch.float64)
 

@@ -26,6 +26,12 @@ class Setup:
     state: tuple[int, ...] = STATE
     affine: bool = True
 
+    def text(self) -> str:
+        """What sets it apart from the scheduler's defaults."""
+        settings = {k: v for k, v in self.options.items() if k not in BETAS}
+        settings |= {k: v for k, v in self.call.items() if isinstance(v, float)}
+        return ", ".join(f"`{name}={value}`" for name, value in settings.items())
+
 
 @functools.cache
 def classes() -> dict[str, Any]:

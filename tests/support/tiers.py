@@ -18,31 +18,47 @@ def few(values, *kept):
     ]
 
 
-def pairs(**axes):
+def pairs(cheap=None, **axes):
     """Parametrises by few combinations that hold each pair of values of two axes at least once.
 
     Those which hold each value once come first, and the others are thorough. For costly matrices
-    whose axes can only disturb one another two by two.
+    whose axes can only disturb one another two by two. ``cheap`` names the values of an axis that
+    stand for the others in the first ones.
     """
-    cases, spread = covering(*map(list, axes.values()))
+    first = _spread(axes, cheap or {})
+    cases, _ = covering(*map(list, axes.values()))
+    return _tiers(axes, first, [case for case in cases if case not in first])
+
+
+def once(cheap=None, **axes):
+    """Parametrises by as few combinations as hold each value once, all of them cheap.
+
+    For axes of which another test holds the pairs. With ``cheap`` as for `pairs` only its values
+    are, and the others thorough.
+    """
+    first = _spread(axes, cheap or {})
+    rest = _spread(axes, {}) if cheap else []
+    return _tiers(axes, first, [case for case in rest if case not in first])
+
+
+def _spread(axes, cheap):
+    """As few combinations as hold each value once, of the values that ``cheap`` has of an axis."""
+    assert all(set(values) <= set(axes[name]) for name, values in cheap.items())
+    cases, spread = covering(*(list(cheap.get(name, values)) for name, values in axes.items()))
+    return cases[:spread]
+
+
+def _tiers(axes, cheap, thorough):
+    marks = [[]] * len(cheap) + [[pytest.mark.thorough]] * len(thorough)
     params = [
         pytest.param(
             *case,
             id="-".join(str(value).removeprefix("torch.") for value in case),
-            marks=[pytest.mark.thorough] if k >= spread else [],
+            marks=mark,
         )
-        for k, case in enumerate(cases)
+        for case, mark in zip([*cheap, *thorough], marks, strict=True)
     ]
     return pytest.mark.parametrize(list(axes), params)
-
-
-def once(**axes):
-    """Parametrises by as few combinations as hold each value once, all of them cheap.
-
-    For axes of which another test holds the pairs.
-    """
-    cases, spread = covering(*map(list, axes.values()))
-    return pytest.mark.parametrize(list(axes), cases[:spread])
 
 
 def covering(*axes):

@@ -15,6 +15,18 @@ if importlib.util.find_spec("diffusers") is None:
         'install it with pip install "gradsampler[diffusers]"'
     )
 
+from gradsampler.integrations.diffusers.decoding import decode
+from gradsampler.integrations.diffusers.digits_pipeline import digits
+from gradsampler.integrations.diffusers.search import optimize, start
 from gradsampler.integrations.diffusers.ways import Explanation, Pipeline, explain, pipeline
 
-__all__ = ["Explanation", "Pipeline", "explain", "pipeline"]
+__all__ = [
+    "Explanation",
+    "Pipeline",
+    "decode",
+    "digits",
+    "explain",
+    "optimize",
+    "pipeline",
+    "start",
+]

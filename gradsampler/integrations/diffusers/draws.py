@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers.glue import Glue
 from gradsampler.integrations.diffusers.rehearsal import Draw, without_generator
 from gradsampler.noise.sources import Cotangent, Injected, NoiseSource, name_of
+from gradsampler.repetition import RandomState
 
 __all__ = ["Drawn", "replaced"]
 

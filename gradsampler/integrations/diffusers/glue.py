@@ -118,9 +118,9 @@ class Glue(TorchFunctionMode):
     def _tensor(self, data: Any, **kwargs: Any) -> Any:
         if isinstance(data, Lifted):
             data = data.origin
-        if not _carries(data):
+        if not isinstance(data, Tensor):
             return NotImplemented
-        return data.to(kwargs.get("device"), kwargs.get("dtype") or data.dtype)
+        return data.to(kwargs.get("device"), kwargs.get("dtype") or data.dtype, copy=True)
 
     def _numpy(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return x.detach().numpy(*args, **kwargs) if x.requires_grad else NotImplemented

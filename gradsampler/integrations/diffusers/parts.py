@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private copies of a pipeline's parts: a run changes nothing that is the user's.
-
-A stand-in is an object of a subclass made for one run, so `isinstance`, attributes and methods are
-those of the original; one method of it is the run's.
-"""
+"""Private copies of a pipeline's parts: a run changes nothing that is the user's."""
 
 import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["copied", "made", "overridden", "plain", "restored", "snapshot", "stand_in"]
+from gradsampler.engine.substitution import subclass
+
+__all__ = ["copied", "made", "overridden", "plain", "restored", "snapshot"]
 
 
 def copied(scheduler: Any) -> Any:
@@ -83,31 +81,5 @@ def overridden(x: Any, methods: Mapping[str, Callable[..., Any]]) -> Any:
 
     kind = type(x)
     members = {name: method(name, replacement) for name, replacement in methods.items()}
-    x.__class__ = _subclass(kind, members | {"_stands_for": kind})
+    x.__class__ = subclass(kind, members | {"_stands_for": kind})
     return x
-
-
-def stand_in(module: nn.Module, call: Callable[..., Any]) -> nn.Module:
-    """A module that is ``module`` in all, state included, but its call.
-
-    The call is that of the class, so what is attached to the object still runs inside: hooks of
-    accelerate, a compiled forward, a forward that was replaced.
-
-    Args:
-        module: the module.
-        call: called with the module and the arguments in the place of ``module(...)``.
-    """
-
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(module, *args, **kwargs)
-
-    kind = type(module)
-    twin: nn.Module = object.__new__(_subclass(kind, {"__call__": __call__}))
-    object.__setattr__(twin, "__dict__", module.__dict__)
-    return twin
-
-
-def _subclass(kind: type, members: dict[str, Any]) -> type:
-    """A subclass that goes by the name of its base."""
-    told = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), members | told)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pipeline's run as a program: its scheduler's table, with the rest of a turn as the denoiser."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradsampler import arguments
 from gradsampler.elementary import Coefficient
@@ -35,23 +35,29 @@ class _Stop(BaseException):
 class Denoiser(Parameterization):
     """What a pipeline computes between two steps of its scheduler, as a function of the state.
 
-    The level that it is called with is the number of the turn.
+    The level that it is asked for is the number of the turn.
     """
-
-    level_dtype = torch.float64
 
     def __init__(self, session: Session, loop: Loop, rehearsal: Rehearsal, table: Table) -> None:
         self._session, self._loop = session, loop
         self._rehearsal, self._table = rehearsal, table
-        self._reached = -1
+        self._turn = 0
         self.network = self.called
+
+    def at(self, step: int) -> "Denoiser":
+        bound = copy.copy(self)
+        bound._turn = step
+        return bound
 
     def preconditioning(self, sigma: Coefficient) -> Preconditioning:
         count = len(self._table.outputs[int(sigma)])
         return Preconditioning(0.0, (1.0,) * count, 1.0, sigma)
 
     def outputs(self, x: Tensor, noise: Tensor, cond: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        return self.evaluate(x, int(noise[0].item()), **cond)
+        return self.evaluate(x, self._turn, **cond)
+
+    def modules(self) -> Iterator[nn.Module]:
+        yield from self._session.modules
 
     def called(self, *args: Any, **kwargs: Any) -> Tensor:
         """The first output alone."""
@@ -90,9 +96,7 @@ class Denoiser(Parameterization):
             outputs = tuple(stop.arguments[name] for name in self._table.outputs[i])
         finally:
             session.step, session.live = None, True
-        if i > self._reached:
-            self._reached = i
-            session.advance(i)
+        session.advance(i)
         return outputs
 
 
@@ -132,13 +136,15 @@ def run(
     """
     strategy = resolve(memory)
     model = Denoiser(session, loop, rehearsal, table)
-    z0 = session.z0(rehearsal.start)
-    program = recorded(table, model, session.scale)
+    z0, scale = session.z0(rehearsal.start), session.scale(rehearsal.start)
+    program = recorded(table, model, scale)
     if noise is None:
         noise = Drawn(table.draws, z0.device) if program.injections else Off()
     trajectory = arguments.trajectory(
         program, model, z0, noise=noise, cond=session.carrying(rehearsal.turns[0].names)
     )
+    # The pipeline casts what a model gets itself.
+    trajectory = replace(trajectory, model_dtype=z0.dtype)
     with Observer(program) as observer:
         x = strategy.run(replace(trajectory, observer=observer), z0.to(trajectory.state_dtype))
     results = {name: x.to(rehearsal.names[name].dtype) for name in table.results}

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers import parts
 from gradsampler.integrations.diffusers.loop import Head, Loop, Names
-from gradsampler.integrations.diffusers.session import Session
+from gradsampler.integrations.diffusers.session import Outputs, Session
+from gradsampler.repetition import RandomState
 
 __all__ = [
     "Draw",
@@ -26,6 +26,7 @@ __all__ = [
     "StepCall",
     "Turn",
     "bound",
+    "mocked",
     "rehearse",
     "same",
     "tensors",
@@ -187,12 +188,9 @@ def same(x: object, y: Tensor) -> bool:
     )
 
 
-class _Outputs(tuple[Tensor]):
-    """A model's output, read by position or by name."""
-
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
+def mocked() -> Any:
+    """A call of models that returns random numbers of the shape of their output."""
+    return _Mock(guess=True)
 
 
 class _Mock:
@@ -217,7 +215,7 @@ class _Mock:
             if theirs not in (None, ours) and x.ndim > 3 and shape[1] == ours:
                 shape[1] = theirs
             noise = torch.randn(shape, generator=self._generator, dtype=torch.float32)
-            return _Outputs((noise.to(x.device, x.dtype),))
+            return Outputs((noise.to(x.device, x.dtype),))
         if id(module) not in self._known:
             self._known[id(module)] = module(*args, **kwargs)
         return self._known[id(module)]

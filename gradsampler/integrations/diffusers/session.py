@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
-from gradsampler.integrations.diffusers import parts
+from gradsampler.engine.substitution import stand_in, subclass
+from gradsampler.integrations.diffusers import decoding, parts
 from gradsampler.integrations.diffusers.glue import Glue, Lifted
 from gradsampler.integrations.diffusers.loop import own_call
 
-__all__ = ["Bar", "Session", "lifted"]
+__all__ = ["Bar", "Outputs", "Session", "lifted"]
 
 Model = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Outputs(tuple[Tensor]):
+    """What a model returns, read by position or by name."""
+
+    @property
+    def sample(self) -> Tensor:
+        """The first output."""
+        return self[0]
 
 
 class Bar:
@@ -56,6 +66,7 @@ class Session:
         pipe: the user's pipeline, which stays as it is.
         arguments: of the call.
         levels: what ``scheduler.sigmas`` is to hold once the timesteps are set.
+        decode: what the autoencoder keeps where images are asked for, one of `decoding.MEMORIES`.
     """
 
     def __init__(
@@ -63,14 +74,17 @@ class Session:
         pipe: Any,
         arguments: Mapping[str, Any],
         levels: Tensor | None = None,
+        decode: str = "auto",
     ) -> None:
         self.call = own_call(pipe)
         self.glue = Glue()
+        self.reached = -1  # the furthest turn that was run
         self.live = True  # whether what runs is the sampling and not a repetition
         self.model: Model = lambda module, args, kwargs: module(*args, **kwargs)
         self.step: Callable[..., Any] | None = None
         self.last: Any = None  # what the scheduler's last step returned
         self._given, self._levels, self._original = arguments, levels, pipe
+        self._decode = _checks.choice("decode", decode, decoding.MEMORIES)
         self.arguments, self._start = self._adapted(arguments)
         self.pipe = copy.copy(pipe)
         self._swapped = {
@@ -82,6 +96,7 @@ class Session:
         self.pipe.__dict__["progress_bar"] = self._progress_bar
         self.pipe.__dict__["maybe_free_model_hooks"] = lambda: None
         self.bars: list[Bar] = []
+        self.drawn: list[Tensor] = []  # before the loop
 
     def _adapted(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
         """The arguments for the pipeline, and latents that it has no argument for."""
@@ -103,9 +118,9 @@ class Session:
 
     def _twin(self, name: str, part: Any) -> Any:
         if isinstance(part, nn.Module):
-            homes = {each.__module__.split(".")[0] for each in type(part).__mro__}
-            foreign = "transformers" in homes
-            return parts.stand_in(part, self._aside if foreign else self._called)
+            if name == "vae" and hasattr(part, "decode"):
+                return self._autoencoder(part)
+            return stand_in(part, self._aside if _is_encoder(part) else self._called)
         if hasattr(part, "step") and hasattr(part, "set_timesteps"):
             hooks = {"step": self._stepped, "set_timesteps": self._set}
             return parts.overridden(parts.copied(part), hooks)
@@ -113,12 +128,31 @@ class Session:
 
     def anew(self) -> "Session":
         """Another session of the same call."""
-        return Session(self._original, self._given, self._levels)
+        return Session(self._original, self._given, self._levels, self._decode)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The user's modules that a turn may call."""
+        parts = vars(self._original).values()
+        return [part for part in parts if isinstance(part, nn.Module) and not _is_encoder(part)]
 
     @property
     def name(self) -> str:
         """The class of the pipeline."""
         return type(self._original).__name__
+
+    def _autoencoder(self, vae: nn.Module) -> nn.Module:
+        """The autoencoder with a decoder in bounded memory."""
+
+        def decode(_: nn.Module, latents: Tensor, *args: Any, **kwargs: Any) -> Outputs:
+            with self.glue.paused():
+                return Outputs(
+                    (decoding.decode(vae, latents, *args, memory=self._decode, **kwargs),)
+                )
+
+        twin: nn.Module = object.__new__(subclass(type(vae), {"decode": decode}))
+        object.__setattr__(twin, "__dict__", vae.__dict__)
+        return twin
 
     @property
     def scheduler(self) -> Any:
@@ -152,13 +186,14 @@ class Session:
         self.bars.append(Bar(bar, self))
         return self.bars[-1]
 
-    def started(self, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The caller's latents in the place of a pipeline's own first draw.
+    def started(self, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A draw before the loop: the caller's latents where the pipeline has no argument for them.
 
         With a list of generators a pipeline draws its samples one by one.
         """
         if self._start is None:
-            return None
+            self.drawn.append(torch.randn(shape, **kwargs))
+            return self.drawn[-1]
         start = _checks.floating("latents", self._start)
         one = (1, *start.shape[1:])
         if shape == one and len(start) > 1:
@@ -168,24 +203,44 @@ class Session:
         _checks.shape("latents", start, shape)
         return start.to(kwargs.get("device"), kwargs.get("dtype") or start.dtype)
 
+    def noise(self, elements: int) -> Tensor | None:
+        """The standard normal noise of that many elements that the run begins with, if it is seen.
+
+        It is what the caller gave for latents, or what was drawn before the loop.
+        """
+        given = self._given.get("latents")
+        if isinstance(given, Tensor):
+            return given if given.numel() == elements else None
+        for count in range(1, len(self.drawn) + 1):
+            if sum(x.numel() for x in self.drawn[:count]) == elements:
+                first = self.drawn[0]
+                whole = all(x.shape == first.shape for x in self.drawn[:count])
+                return torch.cat(self.drawn[:count]) if whole else None
+        return None
+
     @property
     def starts_from_noise(self) -> bool:
         """Whether the first state is noise alone, which it is not in image-to-image pipelines."""
         return "strength" not in inspect.signature(self.call).parameters
 
-    @property
-    def scale(self) -> float:
+    def scale(self, start: Tensor) -> float:
         """What standard normal noise was multiplied by to give the first state.
 
         1 where the run does not start from noise.
         """
         if not self.starts_from_noise:
             return 1.0
-        return float(torch.as_tensor(getattr(self.scheduler, "init_noise_sigma", 1.0)).detach())
+        noise = self.noise(start.numel())
+        if noise is None:
+            own = getattr(self.scheduler, "init_noise_sigma", 1.0)
+            return float(torch.as_tensor(own).detach())
+        sizes = [float(x.detach().double().norm()) for x in (start, noise)]
+        return sizes[0] / sizes[1] if sizes[0] and sizes[1] else 1.0
 
     def z0(self, start: Tensor) -> Tensor:
-        """The standard normal noise that the run starts from."""
-        return start if self.scale == 1.0 else start / self.scale
+        """The standard normal noise that a run from the state ``start`` begins with."""
+        scale = self.scale(start)
+        return start if scale == 1.0 else start / scale
 
     def carrying(self, names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The local variables and the pipeline's attributes through which a gradient passes."""
@@ -200,7 +255,13 @@ class Session:
         self.pipe.__dict__.update({name: lifted(x) for name, x in attributes.items()})
 
     def advance(self, turn: int) -> None:
-        """Moves the bars on, where the pipeline's own code does not get to it."""
+        """Moves the bars on, where the pipeline's own code does not get to it.
+
+        A turn that is run again does not.
+        """
+        if turn <= self.reached:
+            return
+        self.reached = turn
         for bar in self.bars:
             if bar.total is None or bar.n < bar.total:
                 bar.update()
@@ -237,6 +298,11 @@ def _set_levels(scheduler: Any, levels: Tensor) -> None:
     if bool((levels < 0).any()) or not bool(torch.isfinite(levels).all()):
         _checks.fail("levels", "be finite and at least 0", levels.tolist())
     scheduler.sigmas = levels.to(own.device)
+
+
+def _is_encoder(part: nn.Module) -> bool:
+    """Whether a module is of transformers: a pipeline calls these before its loop alone."""
+    return any(each.__module__.split(".")[0] == "transformers" for each in type(part).__mro__)
 
 
 def lifted(x: Any) -> Any:

@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from gradsampler.integrations.diffusers import parts
@@ -32,69 +31,57 @@ class Place(NamedTuple):
     key: int | str | None = None
 
 
+State = dict[str, Tensor]  # by the number of a place, in decimals
+
+
 class Carried:
-    """The tensors that go from turn to turn, and one flat tensor that holds them.
+    """Which tensors go from turn to turn.
 
     Args:
         head: where the loop begins.
         rehearsal: the dry run.
-        tail: whether the pipeline goes on after the loop; else the last state is the result.
+        tail: the names that the pipeline reads after the loop; None where the last state is the
+            result.
 
     Raises:
-        Refused: where one of them changes its shape along the run, or there is no last state.
+        Refused: where the last state is asked for and the pipeline changes it.
     """
 
-    def __init__(self, head: Head, rehearsal: Rehearsal, *, tail: bool) -> None:
-        first = rehearsal.turns[0].scheduler
+    def __init__(self, head: Head, rehearsal: Rehearsal, tail: set[str] | None) -> None:
+        first, count = rehearsal.turns[0].scheduler, len(rehearsal.turns)
         boundaries = [(turn.names, turn.scheduler) for turn in rehearsal.turns]
         boundaries.append((rehearsal.names, rehearsal.scheduler))
         constant = dict(_tensors(head.names, first))
+        read = [head.names.keys()] * count + [head.names.keys() | (tail or set())]
         alive = [
             {
                 place: x
                 for place, x in _tensors(names, scheduler)
-                if i == len(rehearsal.turns) or place.owner != "names" or place.name in head.names
+                if place.owner == "scheduler" or place.name in known
             }
-            for i, (names, scheduler) in enumerate(boundaries)
+            for (names, scheduler), known in zip(boundaries, read, strict=True)
         ]
         changing = {
-            place for each in alive for place, x in each.items() if x is not constant.get(place)
+            place: None
+            for each in alive
+            for place, x in each.items()
+            if x is not constant.get(place)
         }
-        self._like: dict[Place, Tensor] = {}
-        self.alive: list[list[Place]] = []  # by boundary, the places that hold a tensor
-        for each in alive:
-            self.alive.append([place for place in each if place in changing])
-            for place in self.alive[-1]:
-                like = self._like.setdefault(place, each[place])
-                if like.shape != each[place].shape:
-                    raise Refused(f"{place.name} changes its shape along the run")
+        self._places = list(changing)
+        self._alive = [{place for place in each if place in changing} for each in alive]
         self._result = _holding(alive[-1], rehearsal)
-        if self._result is None and not tail:
+        if self._result is None and tail is None:
             raise Refused("the pipeline changes what the last step returned")
-        self._sizes = [x.numel() for x in self._like.values()]
-        self.dtype = torch.float32
-        for x in self._like.values():
-            self.dtype = torch.promote_types(self.dtype, x.dtype)
 
-    def packed(self, names: Names, scheduler: Mapping[str, Any], boundary: int) -> Tensor:
-        """All of them as one tensor [1, M]; zeros where one does not exist yet."""
+    def state(self, names: Names, scheduler: Mapping[str, Any], boundary: int) -> State:
+        """The tensors that there are at a boundary between two turns."""
         found = dict(_tensors(names, scheduler))
-        alive = set(self.alive[boundary])
-        flat = [
-            (found[place] if place in alive else torch.zeros_like(x)).to(self.dtype).reshape(-1)
-            for place, x in self._like.items()
-        ]
-        return torch.cat(flat)[None]
+        alive = self._alive[boundary]
+        return {str(k): found[place] for k, place in enumerate(self._places) if place in alive}
 
-    def unpacked(self, x: Tensor, boundary: int) -> dict[Place, Tensor]:
-        """Those that exist at a boundary between two turns."""
-        alive = set(self.alive[boundary])
-        pieces = zip(self._like.items(), x[0].split(self._sizes), strict=True)
-        return {
-            place: piece.view(like.shape).to(like.dtype, copy=True)  # may be changed in place
-            for (place, like), piece in pieces
-            if place in alive
-        }
+    def placed(self, state: State) -> dict[Place, Tensor]:
+        """The tensors of a state by their places; a turn may change them."""
+        return {self._places[int(k)]: x.clone() for k, x in state.items()}
 
     def result(self, tensors: Mapping[Place, Tensor]) -> Tensor | None:
         """What the last step returned, among the tensors after it."""
@@ -143,7 +130,7 @@ def _filled(values: Mapping[str, Any], tensors: Mapping[Place, Tensor], owner: s
 
 
 class _Map:
-    """One turn of the loop as a function of the packed state."""
+    """One turn of the loop as a function of what goes from turn to turn."""
 
     def __init__(
         self,
@@ -155,27 +142,26 @@ class _Map:
     ) -> None:
         self._session, self._loop, self._rehearsal = session, loop, rehearsal
         self._carried, self._noise = carried, noise
-        self._reached = -1
         self._made: dict[str, Any] = {}  # objects that the scheduler made in this run
 
     def __call__(
         self,
-        x: Tensor,
+        state: State,
         i: int,
         names: Mapping[str, Any],
         attributes: Mapping[str, Any],
         z0: Tensor | None = None,
-    ) -> Tensor:
+    ) -> State:
         session, turn = self._session, self._rehearsal.turns[i]
-        tensors = self._carried.unpacked(x, i)
+        tensors = self._carried.placed(state)
         first = self._rehearsal.turns[0].scheduler
         rehearsed = parts.made(first, turn.scheduler)
         objects = {name: x for name, x in self._made.items() if name in rehearsed}
         scheduler = _filled(turn.scheduler, tensors, "scheduler") | objects
         parts.restored(session.scheduler, scheduler)
         session.put(attributes)
-        session.live = i > self._reached
-        self._reached = max(i, self._reached)
+        session.live = i > session.reached
+        session.reached = max(i, session.reached)
         noise, count = self._noise, len(self._rehearsal.turns)
 
         def step(own: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +179,7 @@ class _Map:
                 self._made |= parts.made(first, vars(session.scheduler))
         finally:
             session.live, session.step = True, None
-        return self._carried.packed(after, vars(session.scheduler), i + 1)
+        return self._carried.state(after, vars(session.scheduler), i + 1)
 
 
 def run(
@@ -220,12 +206,13 @@ def run(
         cond["z0"] = z0 = session.z0(rehearsal.start)
         drawn = [(i, k) for i, turn in enumerate(rehearsal.turns) for k in range(len(turn.draws))]
         noise = noise.prepare(z0.detach(), drawn)
-    x = iterate(
+    state = iterate(
         _Map(session, loop, rehearsal, carried, noise),
-        carried.packed(first.names, first.scheduler, 0),
+        carried.state(first.names, first.scheduler, 0),
         count,
         memory=memory,
         cond=cond,
+        modules=session.modules,
     )
-    tensors = carried.unpacked(x, count)
+    tensors = carried.placed(state)
     return _filled(rehearsal.names, tensors, "names"), carried.result(tensors)

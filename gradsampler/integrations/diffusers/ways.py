@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gradsampler import _checks
 from gradsampler.engine import parts
-from gradsampler.engine.randomness import RandomState
 from gradsampler.integrations.diffusers import calls, program, steps
 from gradsampler.integrations.diffusers.loop import Loop, NoLoop, own_call
 from gradsampler.integrations.diffusers.rehearsal import Refused, Rehearsal, rehearse
@@ -18,6 +17,7 @@ from gradsampler.integrations.diffusers.session import Session
 from gradsampler.integrations.diffusers.table import Table, read
 from gradsampler.memory import Memory, resolve
 from gradsampler.noise.sources import NoiseSource
+from gradsampler.repetition import RandomState
 
 __all__ = ["Explanation", "Pipeline", "explain", "pipeline"]
 
@@ -103,6 +103,7 @@ class Pipeline:
         *args: Any,
         noise: NoiseSource | None = None,
         levels: Tensor | None = None,
+        decode: str = "auto",
         **kwargs: Any,
     ) -> Any:
         """Runs the pipeline.
@@ -113,6 +114,7 @@ class Pipeline:
                 of the noise that they begin with.
             noise: a `gradsampler.noise` object in the place of what the scheduler draws.
             levels: [N+1] in the place of ``scheduler.sigmas``; may require grad.
+            decode: with ``output_type="pt"`` the `memory` of the decoder, as for `decode`.
 
         Returns:
             The pipeline's latents, or with ``output_type="pt"`` its images.
@@ -120,7 +122,7 @@ class Pipeline:
         if noise is not None and not isinstance(noise, NoiseSource):
             _checks.fail_type("noise", "be a gradsampler.noise object or None", noise)
         arguments = _bound(self._pipe, args, kwargs)
-        session = Session(self._pipe, arguments, levels)
+        session = Session(self._pipe, arguments, levels, decode)
         try:
             return self._run(session, arguments, noise)
         finally:
@@ -184,13 +186,13 @@ def _prepared(session: Session) -> _Prepared:
         return _only_calls(str(reason))
     against: dict[str, str] = {}
     table = carried = None
+    results = loop.read_after if session.wants_tail else None
     try:
-        results = loop.read_after if session.wants_tail else None
         table = read(rehearsal, session.scheduler, session.glue, results)
     except Refused as reason:
         against["program"] = str(reason)
     try:
-        carried = steps.Carried(head, rehearsal, tail=session.wants_tail)
+        carried = steps.Carried(head, rehearsal, results)
     except Refused as reason:
         against["steps"] = str(reason)
     method = next(way for way in METHODS[1:] if way not in against)

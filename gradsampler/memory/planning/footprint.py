@@ -13,12 +13,12 @@ from torch import Tensor
 from gradsampler.engine import graph
 from gradsampler.engine.adjoint import Adjoint, Call
 from gradsampler.engine.program import Evaluation
-from gradsampler.engine.randomness import RandomState
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory.checkpoint import Resident
 from gradsampler.memory.planning import drawn
 from gradsampler.memory.planning.gauge import gauge
 from gradsampler.memory.saved import Saved, address
+from gradsampler.repetition import RandomState
 
 
 @dataclass(frozen=True)

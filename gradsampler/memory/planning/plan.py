@@ -117,9 +117,9 @@ def plan(
     a compilation), make one before, or the times are off; the bytes are not.
 
     Args:
-        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise, start, final_denoise,
-            cond, state_dtype, backend, modules: as for `gradsampler.sample`. A gradient to z0 is
-            planned for.
+        denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise: as for
+            `gradsampler.sample`. A gradient to z0 is planned for.
+        start, final_denoise, cond, state_dtype, backend, modules: as for it, too.
         budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
             the device of z0.
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The autoencoders of diffusers, their decoders in bounded memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsampler import _checks
+from gradsampler.decoding import blocks
+from gradsampler.decoding.decode import fits
+from gradsampler.decoding.halo import Piece, exact_tiles
+from gradsampler.engine.substitution import replanted
+
+__all__ = ["MEMORIES", "decode"]
+
+MEMORIES = ("auto", "blocks", "frames", "halo", "store", "tiles")
+
+
+def decode(
+    vae: Any, latents: Tensor, *args: Any, memory: str = "auto", tile: int = 256, **kwargs: Any
+) -> Tensor:
+    """``vae.decode(latents)`` with the activations that its backward needs bounded.
+
+    Args:
+        vae: an autoencoder of diffusers, left as it is.
+        latents: as `vae.decode` takes them, which is not scaled as a pipeline's latents are.
+        *args, **kwargs: passed on to `vae.decode`.
+        memory:
+            - "store" keeps all activations.
+            - "blocks" keeps of each block its input and computes the others again, one block at a
+              time: the same function to the bit.
+            - "frames" is for video decoders that go through the frames in chunks and remember
+              features of the last ones: it keeps what goes from chunk to chunk, and decodes a
+              chunk again when its gradient is due. The same function to the bit.
+            - "tiles" is `vae.tiled_decode`, tile by tile: **another function** than the whole
+              decode, as upstream's tiles know nothing of one another; its gradient is exact.
+            - "halo" is the whole decode by tiles with halos and with the statistics of group
+              normalisations over the whole image, attention in the middle whole: the same function
+              to rounding, with the activations of one tile, in about eight times the time.
+            - "auto" is store where that fits, else frames for videos and blocks for images.
+        tile: size of a tile of "halo", in pixels of the image; "tiles" takes the vae's own.
+
+    Returns:
+        The images [B, 3, H, W], or videos [B, 3, F, H, W], as `vae.decode` gives them. Gradients
+        reach latents and parameters.
+
+    Raises:
+        ValueError: naming the argument, or the layer for which there is no halo.
+    """
+    memory = _checks.choice("memory", memory, MEMORIES)
+    _checks.floating("latents", latents)
+    if memory == "auto":
+        memory = _chosen(vae, latents, *args, **kwargs)
+    if memory == "halo":
+        return _by_halos(vae, latents, tile)
+    part: Any = vae
+    if memory == "blocks":
+        part = blocks.blockwise(vae)
+    elif memory == "frames":
+        _check_frames(latents)
+        part = replanted(vae, {vae.decoder: _blockwise_call})
+    elif memory == "tiles":
+        part = replanted(vae, {vae.decoder: blocks.call})
+        if not hasattr(part, "tiled_decode"):
+            _checks.fail("memory", "be other than 'tiles' for an autoencoder without", type(vae))
+        result = part.tiled_decode(latents, *args, **{**kwargs, "return_dict": False})
+        return result[0]
+    result = part.decode(latents, *args, **{**kwargs, "return_dict": False})
+    return result[0]
+
+
+def _chosen(vae: Any, latents: Tensor, *args: Any, **kwargs: Any) -> str:
+    def whole(corner: Tensor) -> Any:
+        return vae.decode(corner, *args, **{**kwargs, "return_dict": False})
+
+    if not torch.is_grad_enabled() or fits(whole, latents):
+        return "store"
+    return "frames" if latents.ndim == 5 else "blocks"
+
+
+def _check_frames(latents: Tensor) -> None:
+    if latents.ndim != 5:
+        _checks.fail("memory", "be other than 'frames' for images", list(latents.shape))
+
+
+def _blockwise_call(decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return blocks.call(blocks.blockwise(decoder), *args, **kwargs)
+
+
+class _Plain(nn.Module):
+    """A residual block without a timestep."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.block(x, None)
+        return result
+
+
+def _by_halos(vae: Any, latents: Tensor, tile: int) -> Tensor:
+    """The decoder of `AutoencoderKL`: its middle as a whole, what magnifies by tiles."""
+    decoder: Any = getattr(vae, "decoder", None)
+    parts = ("conv_in", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
+    if latents.ndim != 4 or not all(hasattr(decoder, part) for part in parts):
+        _checks.fail(
+            "memory",
+            "be other than 'halo' for an autoencoder whose decoder is not that of AutoencoderKL",
+            type(vae).__name__,
+            "'blocks' and 'frames' take any",
+        )
+    _checks.integer("tile", tile, 1)
+    x = latents if vae.post_quant_conv is None else vae.post_quant_conv(latents)
+    x = blocks.blockwise(decoder.mid_block)(decoder.conv_in(x))
+    units = _units(decoder)
+    below = 2 ** (len(units) - 1)
+    for unit in units:
+        x = exact_tiles(unit, x, max(8, tile // below))
+        below = max(1, below // 2)
+    return x
+
+
+def _units(decoder: Any) -> list[list[Piece]]:
+    """The up-blocks, each with the magnification before it: what enters one is small."""
+    units: list[list[Piece]] = [[]]
+    for i, block in enumerate(decoder.up_blocks):
+        name = f"decoder.up_blocks.{i}"
+        attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
+        for j, (resnet, attention) in enumerate(zip(block.resnets, attentions, strict=True)):
+            units[-1].append(Piece(f"{name}.resnets.{j}", _Plain(resnet)))
+            if attention is not None:
+                units[-1].append(Piece(f"{name}.attentions.{j}", attention))
+        for j, upsampler in enumerate(block.upsamplers or ()):
+            units.append([Piece(f"{name}.upsamplers.{j}", upsampler)])
+    for name in ("conv_norm_out", "conv_act", "conv_out"):
+        units[-1].append(Piece(f"decoder.{name}", getattr(decoder, name)))
+    return units
