@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable samplers for diffusion and flow models."""
 
-from gradsampler import distributed, memory, noise, ops, rewards, schedules, solvers
+from gradsampler import distributed, memory, noise, ops, policies, rewards, schedules, solvers
 from gradsampler._version import __version__
 from gradsampler.decoding.decode import decode
+from gradsampler.engine.monitor import Monitor, MonitoredCall
 from gradsampler.engine.observer import NonFiniteError, StepInfo
 from gradsampler.engine.trajectory import GradientWarning
 from gradsampler.gradient_flow import check
+from gradsampler.gradient_health import health
 from gradsampler.guidance import Guided
 from gradsampler.iteration import iterate
 from gradsampler.noise.energy import NoiseWarning
@@ -25,6 +27,8 @@ __all__ = [
     "Flow",
     "GradientWarning",
     "Guided",
+    "Monitor",
+    "MonitoredCall",
     "NoiseWarning",
     "NonFiniteError",
     "OptimizeResult",
@@ -36,12 +40,14 @@ __all__ = [
     "check",
     "decode",
     "distributed",
+    "health",
     "integrate",
     "iterate",
     "memory",
     "noise",
     "ops",
     "optimize",
+    "policies",
     "regularizers",
     "rewards",
     "sample",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsampler import _checks, comparisons
+from gradsampler import _checks, comparisons, policies
 from gradsampler.arguments import Denoiser
 from gradsampler.comparisons import Difference, Witness
 from gradsampler.differences import Comparison
@@ -146,7 +146,7 @@ def check(
         for _ in range(directions):
             report.differences += run.differences(cotangent, gradient, loss, also, generator)
         lines.append(_told(report.differences))
-        broken += _wrong(report.differences, num_steps, run.exact)
+        broken += _wrong(report.differences, num_steps, run.known)
     elif directions:
         lines.append("differences: not taken, as the gradient is broken before")
     return report
@@ -172,7 +172,11 @@ class _Run:
         sight = _Sight()
         self._quietly(z0, memory=sight)
         self.trajectory = sight.trajectory
-        self.exact = resolve(sample_kwargs.get("memory", "auto")).exact
+        self.known = "though each model call's is right"
+        if not resolve(sample_kwargs.get("memory", "auto")).exact:
+            self.known = "which memory= says not to be"
+        if not policies.resolve(sample_kwargs.get("gradient")).exact:
+            self.known = "which gradient= says not to be"
         self._parts = parts.reachable(denoiser, sample_kwargs.get("cond"))
         self._random = self._present()
 
@@ -186,7 +190,9 @@ class _Run:
         """A run that nobody watches, and without the warnings that the first one gives."""
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            return self._sample(z0, **({"callback": None, "progress": False} | changes))
+            return self._sample(
+                z0, **({"callback": None, "progress": False, "monitor": None} | changes)
+            )
 
     def differentiable(self) -> tuple[Tensor, list[int]]:
         """The sample, and the steps at which the denoiser detaches."""
@@ -303,8 +309,8 @@ def _off(c: Comparison) -> str:
     return f"off by {c.error:.1e} where rounding explains {c.tolerance:.1e}{unseen}"
 
 
-def _wrong(differences: Sequence[Difference], num_steps: int, exact: bool) -> list[str]:
-    """The links that the differences show to be broken."""
+def _wrong(differences: Sequence[Difference], num_steps: int, known: str) -> list[str]:
+    """The links that the differences show to be broken; ``known`` is what else is known of all."""
     broken = []
     for of, link in _LINKS.items():
         here = [each for each in differences if each.of == of and each.step is not None]
@@ -321,9 +327,8 @@ def _wrong(differences: Sequence[Difference], num_steps: int, exact: bool) -> li
     for each in differences:
         # In low precision the rounding of one call is carried on by the next ones.
         if each.step is None and each.wrong and not broken and each.comparison.precision < 1e-4:
-            why = "though each model call's is right" if exact else "which memory= says not to be"
             broken.append(
-                f"the gradient of the run to {each.of}, {why}: it is {_off(each.comparison)}"
+                f"the gradient of the run to {each.of}, {known}: it is {_off(each.comparison)}"
             )
     return broken
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from gradsampler import _checks
 from gradsampler._uncompiled import uncompiled
 from gradsampler.elementary import Coefficient
+from gradsampler.engine.monitor import Monitor
 from gradsampler.engine.observer import StepInfo
 from gradsampler.engine.program import Program, Recorder
 from gradsampler.engine.trajectory import GradientWarning, version
 from gradsampler.layout import Layout
 from gradsampler.memory import Memory, resolve
 from gradsampler.parameterization import Parameterization, Preconditioning
-from gradsampler.sampling import integrate
+from gradsampler.sampling import Gradient, integrate
 
 __all__ = ["StepMap", "Watch", "depends", "iterate", "program"]
 
@@ -109,10 +110,12 @@ def iterate(
     num_steps: int,
     *,
     memory: str | Memory = "auto",
+    gradient: Gradient = None,
     cond: Mapping[str, Any] | None = None,
     callback: Callable[[StepInfo], object] | None = None,
     progress: bool = False,
     check_finite: bool = False,
+    monitor: Monitor | None = None,
     modules: Sequence[nn.Module] = (),
 ) -> Any:
     """Applies ``state = step(state, i)`` for i = 0 .. num_steps - 1, differentiably.
@@ -132,11 +135,14 @@ def iterate(
             tensors are float32 at least.
         num_steps: at least 1.
         memory: a name of `memory.names()`, or a `gradsampler.memory` object.
+        gradient: as for `sample`; a step map has no share of the state around it, so that
+            `DetachedInput` leaves what reaches parameters and ``cond`` in the last step alone.
         cond: passed on to the step as keyword arguments.
         callback: called after each step with a `StepInfo`, whose ``sigma`` is i, ``x`` the state
             before the step and ``denoised`` the state after it.
         progress: shows a bar.
         check_finite: raises where a state or a gradient is not finite (reads back at each call).
+        monitor: a `Monitor`, which sees the gradient pass.
         modules: the nn.Modules that the step calls, so that their buffers and generators are known.
 
     Returns:
@@ -177,10 +183,12 @@ def iterate(
             step_map,
             z0,
             memory=memory,
+            gradient=gradient,
             cond=cond,
             callback=told,
             progress=progress,
             check_finite=check_finite,
+            monitor=monitor,
             modules=modules,
         )
 

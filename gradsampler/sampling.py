@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks, arguments, solvers
+from gradsampler import _checks, arguments, policies, solvers, transforms
 from gradsampler import memory as memories
 from gradsampler._uncompiled import uncompiled
 from gradsampler.adaptation import adapted
 from gradsampler.arguments import Denoiser
 from gradsampler.elementary import Coefficient
 from gradsampler.engine import stretches
+from gradsampler.engine.monitor import Monitor
 from gradsampler.engine.observer import Observer, StepInfo
+from gradsampler.engine.policy import Policy
 from gradsampler.engine.program import Program
-from gradsampler.memory import Memory
+from gradsampler.memory import Memory, Store
 from gradsampler.noise.energy import Energy
 from gradsampler.noise.sources import NoiseSource
 from gradsampler.parameterization import Parameterization, parameterize
 from gradsampler.solvers import Churn, Solver
 from gradsampler.solvers.adaptive import Adaptive
+
+Gradient = Policy | Sequence[Policy] | None
 
 
 @uncompiled
@@ -38,6 +42,7 @@ def sample(
     eta: Coefficient | None = None,
     s_noise: Coefficient = 1.0,
     memory: str | Memory = "auto",
+    gradient: Gradient = None,
     start: Tensor | None = None,
     final_denoise: bool = False,
     cond: Mapping[str, Any] | None = None,
@@ -46,6 +51,7 @@ def sample(
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    monitor: Monitor | None = None,
     modules: Sequence[nn.Module] = (),
     compile: int | None = None,
 ) -> Tensor:
@@ -75,6 +81,8 @@ def sample(
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
             "truncated:STEPS", or a `gradsampler.memory` object. "auto" stores the activations of
             as many model calls as fit in memory, and recomputes the others in backward.
+        gradient: a policy of `gradsampler.policies`, or a list of them, for a gradient that is not
+            that of the run: `LastSteps`, `DetachedInput` and others. None is the exact one.
         start: [B, *state] the state at sigmas[0], for a run that does not start from noise alone:
             ``x + sigmas[0] * noise`` to purify or edit an image x. z0 then is the source of the
             injected noise alone, so it has to be independent of the noise in ``start``. At an
@@ -88,6 +96,7 @@ def sample(
         backend: a name of `backends.available()`, or None for the fastest present.
         check_finite: raises where a state or a gradient is not finite: at once on the CPU, else at
             the end of the run or of its backward, which read back once.
+        monitor: a `Monitor`, which sees the gradient pass in the backward.
         modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
             dtype is that of the calls, and their buffers and generators are known.
         compile: how many steps are one compiled graph, their model calls included; None compiles
@@ -151,12 +160,14 @@ def sample(
         start=start,
         noise=noise,
         memory=memory,
+        gradient=gradient,
         cond=cond,
         callback=callback,
         progress=progress,
         state_dtype=state_dtype,
         backend=backend,
         check_finite=check_finite,
+        monitor=monitor,
         modules=modules,
         compile=compile,
     )
@@ -171,12 +182,14 @@ def integrate(
     start: Tensor | None = None,
     noise: NoiseSource | None = None,
     memory: str | Memory = "auto",
+    gradient: Gradient = None,
     cond: Mapping[str, Any] | None = None,
     callback: Callable[[StepInfo], object] | None = None,
     progress: bool = False,
     state_dtype: torch.dtype | None = None,
     backend: str | None = None,
     check_finite: bool = False,
+    monitor: Monitor | None = None,
     modules: Sequence[nn.Module] = (),
     compile: int | None = None,
 ) -> Tensor:
@@ -189,8 +202,8 @@ def integrate(
         denoiser: what the program was recorded with.
         z0: [B, *state] of a floating dtype.
         start: [B, *state] the first state of a program that reads it; only of such a one.
-        noise, memory, cond, callback, progress, state_dtype, backend, check_finite, modules: as for
-            `sample`.
+        noise, memory, gradient, cond, callback, progress, state_dtype, backend, check_finite,
+            monitor, modules: as for `sample`.
         compile: as for `sample`.
 
     Returns:
@@ -220,7 +233,8 @@ def integrate(
     z0, start = _checks.savable(z0), None if start is None else _checks.savable(start)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
-    strategy = memories.resolve(memory)
+    strategy, policy = memories.resolve(memory), policies.resolve(gradient)
+    _check_watched(strategy, policy, monitor)
     trajectory = arguments.trajectory(
         program,
         model,
@@ -241,6 +255,8 @@ def integrate(
             _checks.fail("memory", "be a strategy for any program with compile", repr(memory))
         if trajectory.parallel:
             _checks.fail("compile", "be None where processes share the network", compile)
+        if monitor is not None or not policy.exact:
+            _checks.fail("compile", "be None with a gradient policy or a monitor", compile)
         trajectory = stretches.compiled(trajectory, state, compile)
     with Observer(
         trajectory.program,
@@ -248,9 +264,38 @@ def integrate(
         progress=progress,
         check_finite=check_finite,
         agreement=trajectory.parallel.agreement,
+        monitor=monitor,
     ) as observer:
         seen = replace(trajectory, observer=observer)
-        x = trajectory.parallel.run(lambda: strategy.run(seen, state))
+
+        def run() -> Tensor:
+            if policy.exact or not torch.is_grad_enabled():
+                return strategy.run(seen, state)
+            name = f"gradient={type(policy).__name__}"
+            return strategy.run(policies.applied(policy, seen, state, name), state)
+
+        x = trajectory.parallel.run(run)
     if energy is not None:
         energy.judge()
     return x.to(z0.dtype)
+
+
+def _check_watched(strategy: Memory, policy: Policy, monitor: object) -> None:
+    """Checks what is asked of the gradient against the memory strategy."""
+    name = type(strategy).__name__
+    if transforms.active():  # they see neither a detached tensor nor a hook
+        inexact = None if policy.exact else policy
+        for argument, value in (("gradient", inexact), ("monitor", monitor)):
+            if value is not None:
+                expected = "be None under torch.func, vmap and forward mode"
+                _checks.fail(argument, expected, type(value).__name__)
+    if not policy.whole and not strategy.any_program:
+        hint = "take memory='checkpoint'"
+        _checks.fail("memory", "be a strategy for the last steps alone", name, hint)
+    if monitor is None:
+        return
+    if not isinstance(monitor, Monitor):
+        _checks.fail_type("monitor", "be a gradsampler.Monitor or None", monitor)
+    if monitor.beside is not None and isinstance(strategy, Store):
+        expected = "pull a call back twice, for a monitor with a gradient beside"
+        _checks.fail("memory", expected, name, "take memory='auto' or 'checkpoint'")

@@ -17,6 +17,7 @@ ELSEWHERE = {  # pages that a test of their own runs, with what they suppose
     "cosmos.md": "test_cosmos.py",
     "diffusers.md": "test_diffusers_page.py",
     "distributed.md": "test_sharing.py",
+    "gradient-policies.md": "test_policies.py",
     "guidance.md": "test_guidance.py",
     "guided-diffusion.md": "test_guided_diffusion.py",
     "open-sora.md": "test_open_sora.py",

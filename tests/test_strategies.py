@@ -857,6 +857,7 @@ def interpreted(program, model, z0, noise, first, shift):
     return slots[program.output]
 
 
+@pytest.mark.filterwarnings("ignore:memory=Truncated. the gradient to z0 is zero")
 @pairs(cheap={"solver": TYPICAL}, solver=SOLVERS, kind=KINDS, inner=["store", "checkpoint"])
 def test_truncated_against_an_interpreter(solver, kind, inner):
     z0, sigmas, shift, net = leaf(normal(2, 3)), leaf(SIGMAS), leaf(normal(3)), Net()

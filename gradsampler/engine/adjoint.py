@@ -4,30 +4,21 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from gradsampler import transforms
-from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
-from gradsampler.engine.program import (
-    START,
-    Z0,
-    Absorption,
-    Descent,
-    Evaluation,
-    Gathering,
-    Pullback,
-    Slot,
-    Stage,
-    column,
-)
+from gradsampler.engine.cotangents import Cotangents, Gradients
+from gradsampler.engine.monitor import Monitor
+from gradsampler.engine.observer import Observer
+from gradsampler.engine.program import Evaluation, Slot
 from gradsampler.engine.replay import Sketch, changed
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
-from gradsampler.noise.sharded import Sharded
 from gradsampler.repetition import ReplayError
 
 
@@ -64,62 +55,6 @@ class Opening(NamedTuple):
     detached: bool  # whether the run has been warned that no gradient passes
     circumstances: Circumstances  # that have captured it
     graph: int  # bytes of its graph
-
-
-class Gradients:
-    """Sums of cotangents of what a run is differentiated by; None where it is not."""
-
-    def __init__(self, z0: Tensor | None, numbers: Tensor | None) -> None:
-        self.z0 = None if z0 is None else torch.zeros_like(z0)
-        self._shape = None if numbers is None else numbers.shape
-        self._numbers: dict[int, Tensor] = {}  # by position; 0-d or [B] on the device of the run
-        self.tensors: dict[int, Tensor] = {}  # by position in `Adjoint.inputs`
-        self._own: set[int] = set()  # those that are sums made here, and in nobody else's hands
-
-    def add_z0(self, gradient: Tensor | None) -> None:
-        """Adds to the gradient of z0."""
-        if self.z0 is not None and gradient is not None:
-            self.z0.add_(gradient)
-
-    def number(self, position: int, value: Tensor, cotangent: Tensor) -> None:
-        """Adds <value, cotangent>, by sample where the numbers are, to that of a coefficient."""
-        if self._shape is not None:
-            products = value.to(cotangent.dtype) * cotangent
-            if len(self._shape) == 1:
-                product = torch.sum(products, dtype=torch.float64)
-            else:
-                product = torch.sum(products.flatten(1), dim=1, dtype=torch.float64)
-            known = self._numbers.get(position)
-            self._numbers[position] = product if known is None else known + product
-
-    def numbers(self) -> Tensor | None:
-        """The gradient of all coefficients, [C] or [C, B] float64 on the CPU."""
-        if self._shape is None:
-            return None
-        gradient = torch.zeros(self._shape, dtype=torch.float64)
-        if self._numbers:
-            gradient[list(self._numbers)] = torch.stack(list(self._numbers.values())).cpu()
-        return gradient
-
-    def add(self, positions: Sequence[int], gradients: Sequence[Tensor | None]) -> None:
-        """Adds to the gradients of the inputs at ``positions``; sums are in float32 at least."""
-        sums: list[Tensor] = []
-        fresh: list[Tensor] = []
-        for k, gradient in zip(positions, gradients, strict=True):
-            if gradient is None:
-                continue
-            known = self.tensors.get(k)
-            if known is None:
-                self.tensors[k] = gradient
-            elif k in self._own:
-                sums.append(known)
-                fresh.append(gradient)
-            else:
-                wide = torch.promote_types(known.dtype, torch.float32)
-                self.tensors[k] = known.to(wide) + gradient
-                self._own.add(k)
-        if sums:
-            torch._foreach_add_(sums, fresh)
 
 
 class Adjoint:
@@ -217,7 +152,8 @@ class Adjoint:
         passes = found.leaves.pop(id(call.scaled), None) is not None
         found.leaves.pop(id(call.level), None)
         self._take(evaluation, call.outputs, found)
-        if not passes and not self._detached and self._asked():
+        seen = self._is_pulled(evaluation) and self._trajectory.policy.enters(evaluation.step)
+        if not passes and seen and not self._detached and self._asked():
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         return call
@@ -264,6 +200,13 @@ class Adjoint:
         if first < math.inf:
             raise failures.get(int(first)) or _another(int(first), " on another rank")
 
+    def _is_pulled(self, evaluation: Evaluation) -> bool:
+        """Whether backward differentiates the call."""
+        monitor = self._trajectory.observer.monitor
+        beside = None if monitor is None else monitor.policy
+        policies = [self._trajectory.policy, *([] if beside is None else [beside])]
+        return any(policy.pulls(evaluation.step) for policy in policies)
+
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
         trajectory = self._trajectory
@@ -303,37 +246,32 @@ class Adjoint:
         return gradients
 
     def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
-        program = self._trajectory.program
-        transposed = program.transposed
-        gradients = Gradients(
-            self._z0 if wants_z0 else None, program.coefficients if self._levels else None
-        )
-        given = self._trajectory.given(self._z0)
-        inner = self._inner()
-        cot: dict[Slot, Tensor] = {program.output: lam.to(self._trajectory.state_dtype)}
-        for instruction, gathering, dead in zip(
-            transposed.instructions, transposed.gathered, transposed.dead, strict=True
-        ):
-            if isinstance(instruction, Stage):
-                terms = tuple(term for term in instruction.terms if term[0] in cot)
-                if instruction.writes in given:
-                    for reader, c in terms:
-                        gradients.number(c, given[instruction.writes], cot[reader])
-                if terms and instruction.writes.kind != "c":
-                    cot[instruction.writes] = self._trajectory.combine(terms, cot)
-            elif isinstance(instruction, Descent):
-                assert gathering is not None
-                self._descend(instruction, gathering, cot, gradients)
-            elif isinstance(instruction, Pullback):
-                self._pull(instruction, cot, inner, gradients)
-            elif isinstance(instruction, Absorption) and instruction.state in cot:
-                self._absorb(instruction, cot[instruction.state], gradients)
-            for slot in dead:
-                cot.pop(slot, None)
-        gradients.add_z0(cot.get(Z0))
-        at_start = len(self._cond) + len(self._trajectory.noise.tensors)
-        gradients.add([at_start], [cot.get(START)])
+        trajectory, z0 = self._trajectory, self._z0
+        numbers = trajectory.program.coefficients if self._levels else None
+        gradients = Gradients(z0 if wants_z0 else None, numbers)
+        taken, inner = [self._cotangents(trajectory, lam, gradients)], self._inner()
+        monitor = trajectory.observer.monitor
+        if monitor is not None and monitor.policy is not None:
+            observer = Observer(trajectory.program, monitor=monitor.aside())
+            other = replace(trajectory, policy=monitor.policy, observer=observer)
+            cut = monitor.policy.cut(trajectory.program, trajectory.given(z0))
+            if cut is not None:
+                other = replace(other, program=cut.program, constants={})
+            taken.append(self._cotangents(other, lam, Gradients(z0 if wants_z0 else None, None)))
+        for evaluation in reversed(trajectory.program.evaluations):
+            for each in taken:
+                each.advance()
+            asking = [each for each in taken if each.evaluation is evaluation]
+            self._pull(evaluation, asking, inner)
+        for each in taken:
+            each.advance()
+        if monitor is not None and len(taken) > 1:
+            self._compare_gradients(monitor, gradients, taken[1].gradients)
         return gradients
+
+    def _cotangents(self, trajectory: Trajectory, lam: Tensor, gradients: Gradients) -> Cotangents:
+        count = len(self._cond)
+        return Cotangents(trajectory, self._z0, lam, gradients, self._dtypes, count)
 
     def _inner(self) -> dict[int, Tensor]:
         """What model calls are differentiated by beside their input, by position in `inputs`."""
@@ -342,43 +280,51 @@ class Adjoint:
         return {k: x for k, x in found.items() if x.requires_grad}
 
     def _pull(
-        self,
-        pullback: Pullback,
-        cot: dict[Slot, Tensor],
-        inner: dict[int, Tensor],
-        gradients: Gradients,
+        self, evaluation: Evaluation, asking: Sequence[Cotangents], inner: dict[int, Tensor]
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
-        evaluation = pullback.evaluation
-        x, scaled, level, outputs = self._again(evaluation)
-        if self._levels:
-            values = zip((evaluation.state, *evaluation.writes), (x, *outputs), strict=True)
-            for slot, value in values:
-                for reader, c in self._trajectory.program.readers.get(slot, ()):
-                    if reader in cot:
-                        gradients.number(c, value.detach(), cot[reader])
-        pulled: list[Tensor] = []
-        cotangents: list[Tensor] = []
-        for slot, output in zip(evaluation.writes, outputs, strict=True):
-            mu = cot.get(slot)
-            if mu is not None and output.requires_grad:
-                pulled.append(output)
-                cotangents.append(mu if mu.dtype == output.dtype else mu.to(output.dtype))
-        if not pulled:
+        if not self._levels and not any(each.policy.pulls(evaluation.step) for each in asking):
+            self._skip(evaluation)
             return
-        levels = [level] if self._levels else []
+        call = self._again(evaluation)
+        for k, each in enumerate(asking):
+            each.weigh(call.x, call.outputs)
+            pairs = each.of_outputs(call.outputs) if each.policy.pulls(evaluation.step) else []
+            if pairs:
+                again = self._outer or self._retains or k + 1 < len(asking)
+                self._differentiate(evaluation, call, each, pairs, inner, again=again)
+            each.told()
+
+    def _skip(self, evaluation: Evaluation) -> None:
+        """Passes over a call that is not pulled back."""
+        self._states.load(self._index[evaluation.state])
+
+    def _differentiate(
+        self,
+        evaluation: Evaluation,
+        call: Call,
+        asking: Cotangents,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        inner: dict[int, Tensor],
+        *,
+        again: bool,
+    ) -> None:
+        """The vector-Jacobian products of a call; with ``again`` its graph is needed once more."""
+        enters, gradients = asking.policy.enters(evaluation.step), asking.gradients
+        entry = [call.scaled] if enters else []
+        levels = [call.level] if gradients.numbered else []
+        inputs = [*entry, *levels, *inner.values()]
+        if not inputs:
+            return
         leaves, parallel = list(self._leaves.values()), self._trajectory.parallel
         with (
             graph.without_hooks(leaves),
             parallel.catching(leaves),
             self._circumstances.drawing_nothing(evaluation),
         ):
-            g, *rest = graph.pulled(
-                pulled,
-                [scaled, *levels, *inner.values()],
-                cotangents,
-                retain=self._outer or self._retains,
-            )
+            outputs, cotangents = [output for output, _ in pairs], [mu for _, mu in pairs]
+            rest = [*graph.pulled(outputs, inputs, cotangents, retain=again)]
+        g = rest.pop(0) if entry else None
         if levels:
             dlevel = rest.pop(0)
             if dlevel is not None:
@@ -389,108 +335,21 @@ class Adjoint:
             rest = [None if there else g for there, g in zip(owned, rest, strict=True)]
         gradients.add(list(inner), rest)
         if g is not None:
-            self._trajectory.observer.finite(evaluation, g, "the gradient")
-            gradients.number(evaluation.c_in, x, g)
-            cot[pullback.writes] = g
+            asking.enter(call.x, g)
 
-    def _descend(
-        self,
-        descent: Descent,
-        gathering: Gathering,
-        cot: dict[Slot, Tensor],
-        gradients: Gradients,
-    ) -> None:
-        """The cotangents of a state and of an output of the evaluation before, in one launch."""
-        slot, output = descent.state.writes, descent.output
-        absorption = descent.absorptions[0] if descent.absorptions else None
-        lams, a, g, g_scale, b = gathering
-        if g not in cot:
-            g, g_scale = None, 0.0
-        missing = [s for s in lams if s not in cot]
-        if missing:
-            there = [k for k, s in enumerate(lams) if s in cot]
-            lams, a = tuple(lams[k] for k in there), [a[k] for k in there]
-            b = None if b is None else [*(b[k] for k in there), b[-1]]
-        if not lams and g is None:
-            return
-        draw = self._draw(absorption) if absorption and gradients.z0 is not None else None
-        cot[slot], mu = self._trajectory.backend.adjoint_step(
-            [cot[s] for s in lams],
-            a,
-            None if g is None else cot[g],
-            g_scale,
-            b,
-            self._z0,
-            draw,
-            self._numbers[absorption.injection.coefficient] if absorption else 0.0,
-            gradients.z0,
-            mu_dtype=None if output is None else self._dtypes[output.writes],
-            lam_dtype=self._trajectory.state_dtype,
-        )
-        if output is not None and any(s in cot for s, _ in output.terms):
-            cot[output.writes] = mu
-        if absorption is not None and (draw is None or self._levels):
-            done = draw is not None or self._absorb_part(absorption, cot[slot], gradients)
-            if self._levels or not done:
-                self._absorb(absorption, cot[slot], gradients, done=done)
-        for further in descent.absorptions[1:]:
-            self._absorb(further, cot[slot], gradients)
-
-    def _draw(self, absorption: Absorption) -> Draw | None:
-        """The injection as numbers, if a kernel can pull a cotangent back through it."""
-        draw = self._trajectory.draw(absorption.injection, self._z0)
-        return None if draw is None or draw.kind == GIVEN else draw
-
-    def _absorb(
-        self, absorption: Absorption, lam: Tensor, gradients: Gradients, *, done: bool = False
-    ) -> None:
-        """Pulls a cotangent back through the noise injected into its state.
-
-        With ``done`` the share of z0 is known already, and the amount of noise is what remains.
-        """
-        noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
-        position = absorption.injection.coefficient
-        if self._levels:
-            gradients.number(position, noise.at(self._z0, *name), lam)
-        if done:
-            return
-        amount = column(self._numbers[position], lam)
-        cotangent = noise.transpose(lam * amount, self._z0, *name)
-        gradients.add_z0(cotangent.z0)
-        positions = [len(self._cond) + k for k in cotangent.tensors]
-        gradients.add(positions, list(cotangent.tensors.values()))
-
-    def _absorb_part(self, absorption: Absorption, lam: Tensor, gradients: Gradients) -> bool:
-        """Has the backend do for a part of a batch what it does within a launch for the whole.
-
-        Returns:
-            Whether it does that, so that the share of z0 is known.
-        """
-        noise, name = self._trajectory.noise, self._trajectory.name(absorption.injection)
-        if not isinstance(noise, Sharded) or not noise.of_z0 or gradients.z0 is None:
-            return False
-        if self._trajectory.program.by_sample:
-            return False
-        window = noise.window(self._z0)
-        draw = window.source.draw(window.z0, *name)
-        if draw is None or draw.kind == GIVEN:
-            return False
-        dz0 = window.spread(gradients.z0)
-        self._trajectory.backend.adjoint_step(
-            [window.spread(lam)],
-            [1.0],
-            None,
-            0.0,
-            None,
-            window.z0,
-            draw,
-            self._numbers[absorption.injection.coefficient],
-            dz0,
-            mu_dtype=None,
-            lam_dtype=self._trajectory.state_dtype,
-        )
-        gradients.z0.copy_(window.own(dz0))
-        return True
+    def _compare_gradients(self, monitor: Monitor, ours: Gradients, theirs: Gradients) -> None:
+        """Tells the monitor of two gradients, by what the inputs are to a user."""
+        if ours.z0 is not None and theirs.z0 is not None:
+            monitor.compare("z0", [ours.z0], [theirs.z0])
+        given = len(self._trajectory.noise.tensors)
+        kinds = ["cond"] * len(self._cond) + ["noise"] * given + ["start"] * len(self._start)
+        kinds += ["parameters"] * len(self._leaves)
+        for kind in dict.fromkeys(kinds):
+            found = [k for k in ours.tensors if kinds[k] == kind]
+            pairs = [(ours.tensors[k], theirs.tensors.get(k)) for k in found]
+            if pairs:
+                others = [torch.zeros_like(a) if b is None else b for a, b in pairs]
+                monitor.compare(kind, [a for a, _ in pairs], others)
 
 
 def _another(step: int, where: str = "") -> ReplayError:

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gradsampler.engine.agreement import Agreement
-from gradsampler.engine.program import Evaluation, Program, Slot, column
+from gradsampler.engine.monitor import Monitor
+from gradsampler.engine.program import Evaluation, Injection, Program, Slot, column
 
 
 class NonFiniteError(ArithmeticError):
@@ -38,7 +39,11 @@ class Observer:
         progress: bool = False,
         check_finite: bool = False,
         agreement: Agreement | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
+        self.monitor = monitor
+        if monitor is not None:
+            monitor.begin(program)
         self._numbers = program.numbers(torch.device("cpu"))
         self._num_steps = program.num_steps
         self._callback = callback
@@ -69,6 +74,8 @@ class Observer:
 
     def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Takes note of a model evaluation."""
+        if self.monitor is not None:
+            self.monitor.saw(evaluation, x)
         if not self._looks:
             return
         for value, what in ((x, "the state"), *((d, "the model's output") for d in outputs)):
@@ -87,6 +94,28 @@ class Observer:
         """Takes note of the end of the run."""
         self.settle()
         self._end_step(self._num_steps)
+
+    @property
+    def monitored(self) -> bool:
+        """Whether the gradient is looked at."""
+        return self.monitor is not None
+
+    def pulled(
+        self, evaluation: Evaluation, cot: Sequence[Tensor | None], g: Tensor | None
+    ) -> None:
+        """Takes note of the cotangents of a call's outputs and of its input."""
+        if self.monitor is not None:
+            self.monitor.pulled(evaluation, cot, g)
+
+    def descended(self, evaluation: Evaluation, lam: Tensor) -> None:
+        """Takes note of the cotangent of the state that a call sees."""
+        if self.monitor is not None:
+            self.monitor.descended(evaluation, lam)
+
+    def absorbed(self, state: Slot, injection: Injection, share: Tensor) -> None:
+        """Takes note of what a noise in a state adds to the gradient to z0."""
+        if self.monitor is not None:
+            self.monitor.absorbed(state, injection, share)
 
     def finite(self, evaluation: Evaluation, value: Tensor, what: str) -> None:
         """Raises NonFiniteError, if that check is on and a value is NaN or infinite.

@@ -264,6 +264,15 @@ class Program:
         return tuple(dict.fromkeys(injection.noise for injection in self.injections))
 
     @cached_property
+    def first_calls(self) -> dict[Slot, int]:
+        """The states that the first evaluation of each step sees, with the steps."""
+        first: dict[int, Slot] = {}
+        for evaluation in self.evaluations:
+            if evaluation.step < self.num_steps:
+                first.setdefault(evaluation.step, evaluation.state)
+        return {slot: step for step, slot in first.items()}
+
+    @cached_property
     def readers(self) -> dict[Slot, Terms]:
         """For each slot the states computed from it, with the positions of the coefficients."""
         readers: dict[Slot, Terms] = {}

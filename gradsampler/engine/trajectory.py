@@ -15,6 +15,7 @@ from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.parallel import Parallel, arrived
+from gradsampler.engine.policy import EXACT, Policy
 from gradsampler.engine.program import (
     START,
     Z0,
@@ -65,6 +66,7 @@ class Trajectory:
     parallel: Parallel = field(default_factory=Parallel)  # what processes share of the model
     constants: Mapping[Slot, Tensor] = field(default_factory=dict)  # given beside z0, kind "c"
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
+    policy: Policy = EXACT  # of the gradient
     learned: Sequence[Tensor] | None = None  # the coefficients, where autograd is to reach them
 
     @property

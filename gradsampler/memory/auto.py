@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradsampler.engine import graph
-from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, Opening, States
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Opening, States
 from gradsampler.engine.circumstances import Circumstances
+from gradsampler.engine.cotangents import Gradients
 from gradsampler.engine.program import Evaluation, Slot, Stage
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.memory import capacity
@@ -108,6 +109,8 @@ def _plain(trajectory: Trajectory, device: torch.device) -> bool:
     """Whether autograd itself gives the gradients of a run, as precise as ours."""
     if trajectory.program.coefficients.requires_grad or trajectory.parallel:
         return False
+    if not trajectory.policy.exact or trajectory.observer.monitored:
+        return False
     if any(torch.is_autocast_enabled(kind) for kind in {"cpu", device.type}):
         return False  # autocast's copies of the weights live through all calls
     if trajectory.state_dtype not in (torch.float32, torch.float64):
@@ -125,7 +128,7 @@ class Begun:
     """A run of `Store` up to its first model call, which shows what autograd keeps of one."""
 
     def __init__(self, trajectory: Trajectory, z0: Tensor) -> None:
-        self._recording = Recording(trajectory, z0.device)
+        self._recording = Recording(trajectory, z0)
         self._trajectory, self._z0 = self._recording.trajectory, z0
         instructions = trajectory.program.instructions
         first = trajectory.program.evaluations[0]
@@ -216,6 +219,7 @@ class _Keeping(Adjoint):
         self._room = room
         self._from: int | None = None  # the evaluation from which on calls are kept
         self._calls: dict[Slot, Call] = {}  # by the state
+        self._left: set[Slot] = set()  # states of calls that are not pulled back
         if opening is not None:
             self._from = max(1, self._beyond(trajectory, opening.graph))
         super().__init__(trajectory, states, z0, opening)
@@ -232,11 +236,13 @@ class _Keeping(Adjoint):
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             call = self._first(evaluation, x, scaled)
             k = self._index[evaluation.state]
-            if self._from is not None and k >= self._from and self._asked():
-                # Only coefficients that are learned are multiplied by the state.
-                self._calls[evaluation.state] = (
-                    call if self._levels else call._replace(x=call.scaled)
-                )
+            kept = self._from is not None and k >= self._from and self._asked()
+            if kept and self._levels:
+                self._calls[evaluation.state] = call
+            elif kept and not self._is_pulled(evaluation):
+                self._left.add(evaluation.state)
+            elif kept:  # only coefficients that are learned are multiplied by the state
+                self._calls[evaluation.state] = call._replace(x=call.scaled)
             else:
                 self._states.save(k, x)
             return [output.detach() for output in call.outputs]
@@ -259,6 +265,10 @@ class _Keeping(Adjoint):
             return super()._again(evaluation)
         state = evaluation.state
         return self._calls[state] if self._retains else self._calls.pop(state)
+
+    def _skip(self, evaluation: Evaluation) -> None:
+        if evaluation.state not in self._left:
+            super()._skip(evaluation)
 
     def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
         # A second backward, with retain_graph=True in the first, finds the calls where they were.

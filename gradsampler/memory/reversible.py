@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients
+from gradsampler.engine.adjoint import Adjoint, Call, Connection
+from gradsampler.engine.cotangents import Gradients
 from gradsampler.engine.program import Evaluation, Slot
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory.base import Memory
@@ -269,6 +270,9 @@ class _Reversing(Adjoint):
         slots = {evaluation.state: x, **dict(zip(evaluation.writes, outputs, strict=True))}
         self._pair.undo(j, slots, self._z0)
         return call
+
+    def _skip(self, evaluation: Evaluation) -> None:
+        self._again(evaluation)  # no other way leads to the state before
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.engine.adjoint import Adjoint, Call, Connection, Gradients, Opening
+from gradsampler.engine.adjoint import Adjoint, Call, Connection, Opening
+from gradsampler.engine.cotangents import Gradients
 from gradsampler.engine.program import Evaluation, Program, Slot
 from gradsampler.engine.trajectory import Evaluate, Trajectory
 from gradsampler.memory import multistage
@@ -202,3 +203,6 @@ class _Revolving(Adjoint):
             following.fetch()  # while the model's backward runs
         call, self._taped = self._taped, None
         return call
+
+    def _skip(self, evaluation: Evaluation) -> None:
+        self._again(evaluation)  # the schedule counts on it

@@ -14,6 +14,7 @@ from gradsampler.engine import graph
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.trajectory import GradientWarning, Trajectory
 from gradsampler.memory.base import Memory
+from gradsampler.memory.hooks import Hooks
 from gradsampler.ops.recorded import differentiable
 
 
@@ -28,8 +29,10 @@ class Store(Memory):
     transformable: ClassVar[bool] = True
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
-        recording = Recording(trajectory, z0.device)
-        return recording.trajectory.forward(z0, recording.evaluate)
+        recording = Recording(trajectory, z0)
+        x = recording.trajectory.forward(z0, recording.evaluate)
+        recording.ended(x)
+        return x
 
 
 class Recording:
@@ -37,19 +40,21 @@ class Recording:
 
     Args:
         trajectory: the run.
-        device: of the run.
+        z0: [B, *state] that it starts from.
     """
 
-    def __init__(self, trajectory: Trajectory, device: torch.device) -> None:
+    def __init__(self, trajectory: Trajectory, z0: Tensor) -> None:
         coefficients = trajectory.program.coefficients
         learned = coefficients.requires_grad and torch.is_grad_enabled()
         if learned or (transforms.active() and transforms.followed(coefficients)):
-            trajectory = replace(trajectory, learned=coefficients.to(device).unbind())
+            trajectory = replace(trajectory, learned=coefficients.to(z0.device).unbind())
         if torch.is_grad_enabled() or transforms.active():
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         self.trajectory = trajectory
         self.warned = False
-        self._checks = trajectory.observer.checks
+        observer, policy = trajectory.observer, trajectory.policy
+        hooked = observer.checks or observer.monitored or not policy.exact
+        self._hooks = Hooks(trajectory, z0) if hooked else None
         self._cond = [_Shared(x) for x in trajectory.cond.tensors]
 
     @property
@@ -59,17 +64,21 @@ class Recording:
 
     def evaluate(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> list[Tensor]:
         """The model's outputs, in the state's dtype at least."""
-        return self.widened(self.call(evaluation, x, scaled)[1])
+        outputs = self.widened(self.call(evaluation, x, scaled)[1])
+        return outputs if self._hooks is None else self._hooks.outputs(evaluation, outputs)
 
     def call(
         self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The model's input and outputs."""
         trajectory = self.trajectory
-        if self._checks and x.requires_grad:
-            x.register_hook(lambda g: self._arrived(evaluation, g))
+        if self._hooks is not None:
+            self._hooks.state(evaluation, x)
         model_input, level = trajectory.model_input(evaluation, x, scaled)
+        if self._hooks is not None:
+            model_input = self._hooks.entry(evaluation, model_input)
         asked = model_input.requires_grad and not self.warned
+        asked = asked and trajectory.policy.pulls(evaluation.step)
         since = graph.mark() if asked else 0
         cond = trajectory.cond.filled([x.use() for x in self._cond])
         outputs = trajectory.call(evaluation, model_input, level, cond)
@@ -87,10 +96,10 @@ class Recording:
             d if d.dtype == state else d.to(torch.promote_types(d.dtype, state)) for d in outputs
         ]
 
-    def _arrived(self, evaluation: Evaluation, g: Tensor) -> None:
-        self.trajectory.observer.finite(evaluation, g, "the gradient")
-        if evaluation is self.trajectory.program.evaluations[0]:
-            self.trajectory.observer.settle()
+    def ended(self, x: Tensor) -> None:
+        """Takes note of what the run returns."""
+        if self._hooks is not None:
+            self._hooks.ended(x)
 
 
 class _Use(torch.autograd.Function):

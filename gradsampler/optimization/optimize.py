@@ -127,4 +127,4 @@ def _settings(sample_kwargs: Mapping[str, Any]) -> dict[str, object]:
     return {k: v for k, v in (defaults | dict(sample_kwargs)).items() if k not in _WATCHING}
 
 
-_WATCHING = ("callback", "progress", "check_finite")  # change no number
+_WATCHING = ("callback", "progress", "check_finite", "monitor")  # change no number
