@@ -8,7 +8,7 @@ make bench-peers
 
 import argparse
 import gc
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import rows
 import timing
@@ -36,10 +36,19 @@ def peak(way: Way, work: Workload) -> float:
     return float(live.peak)
 
 
+def installed(name: str) -> bool:
+    """Whether a distribution of that name is here."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def present(ways: dict[str, Way]) -> dict[str, Way]:
     """Those whose package is here, for a rehearsal in an environment that is not the peers'."""
     packages = ("k-diffusion", "torchdiffeq", "torchsde", "diffusers")
-    absent = {name for name in packages if find_spec(name.replace("-", "_")) is None}
+    absent = {name for name in packages if not installed(name)}
     for name in sorted(absent):
         print(f"left out, as it is not installed: {name}")
     return {name: way for name, way in ways.items() if name.split()[0] not in absent}
