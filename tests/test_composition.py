@@ -105,7 +105,9 @@ def test_autocast(where, memory, tmp_path):
 # Compiled denoisers.
 
 
-@pairs(solver=["euler", "heun"], memory=STRATEGIES)
+@pairs(
+    cheap={"memory": ["auto", "store", "checkpoint"]}, solver=["euler", "heun"], memory=STRATEGIES
+)
 @compiling
 def test_a_compiled_denoiser_is_compiled_once(solver, memory, tmp_path):
     net = Layers()

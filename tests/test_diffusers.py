@@ -16,7 +16,7 @@ from support.ways import EMBEDDED, WAYS, farthest, gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
-CHEAP = ("ddpm", "sd15", "flux")
+CHEAP = ("ddpm", "flux")
 
 
 def compare(ours, theirs, limit=1e-5):

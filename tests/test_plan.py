@@ -85,7 +85,6 @@ def hold(plan, extra, denoiser, z0, sigmas, others=(), **options):
     ("case", "frozen"),
     few(
         [*((case, True) for case in CASES), ("euler", False), ("heun", False)],
-        ("euler", False),
         ("own-noise", True),
     ),
 )

@@ -24,8 +24,8 @@ from support.euler import euler
 from support.gradients import assert_close, gradients
 from support.problems import normal
 from support.runs import leaf
-from support.strategies import STRATEGIES, replaying, strategies
-from support.tiers import pairs
+from support.strategies import REPLAYING, STRATEGIES, replaying, strategies
+from support.tiers import once, pairs
 
 SIGMAS = gs.schedules.karras(6, sigma_min=0.05, sigma_max=9.0)
 
@@ -267,8 +267,7 @@ def hidden():
     return lambda x, sigma: jittered(x, next(repeated))
 
 
-@pytest.mark.parametrize("make", [by_numpy, by_python, hidden])
-@replaying
+@once(make=[by_numpy, by_python, hidden], memory=REPLAYING)
 def test_what_cannot_be_replayed_is_an_error(make, memory, tmp_path):
     z0, before = leaf(normal(4, 6)), normal(4, 6)
     z0.grad = torch.ones_like(z0)

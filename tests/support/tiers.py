@@ -53,12 +53,16 @@ def _tiers(axes, cheap, thorough):
     params = [
         pytest.param(
             *case,
-            id="-".join(str(value).removeprefix("torch.") for value in case),
+            id="-".join(map(_named, case)),
             marks=mark,
         )
         for case, mark in zip([*cheap, *thorough], marks, strict=True)
     ]
     return pytest.mark.parametrize(list(axes), params)
+
+
+def _named(value):
+    return getattr(value, "__name__", str(value).removeprefix("torch."))
 
 
 def covering(*axes):
