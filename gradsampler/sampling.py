@@ -202,9 +202,8 @@ def integrate(
         denoiser: what the program was recorded with.
         z0: [B, *state] of a floating dtype.
         start: [B, *state] the first state of a program that reads it; only of such a one.
-        noise, memory, gradient, cond, callback, progress, state_dtype, backend, check_finite,
-            monitor, modules: as for `sample`.
-        compile: as for `sample`.
+        noise, memory, gradient, cond, callback, progress, state_dtype, backend: as for `sample`.
+        check_finite, monitor, modules, compile: as for it, too.
 
     Returns:
         [B, *state] of z0's dtype.
