@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/gradsampler optimize --out demo
 
-# Every behaviour in four minutes on two cores. Which tests cost too much for that was measured; the
+# Every behaviour in three minutes on two cores. Which tests cost too much for that was measured; the
 # marker `thorough` says so.
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 -m "not thorough and not slow"
