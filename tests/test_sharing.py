@@ -88,8 +88,9 @@ def test_one_sample_over_two_ranks(tmp_path):
 
 def torchrun(*command, folder):
     """Two processes under torchrun, whose port is a free one; what they say."""
-    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "examples")])
+    path = os.pathsep.join(str(ROOT / each) for each in ("benchmarks", "examples", "tests"))
     launch = ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "support.leaving"]
     done = subprocess.run(
         [sys.executable, *launch, *map(str, command)],
         cwd=folder,

@@ -87,6 +87,8 @@ def main(folder: str, rank: str, world: str, *cases: str) -> None:
     import torch
     import torch.distributed as dist
 
+    from support.leaving import leave
+
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     store = dist.FileStore(f"{folder}/store", int(world))
@@ -112,6 +114,7 @@ def main(folder: str, rank: str, world: str, *cases: str) -> None:
             if failed:
                 os._exit(1)
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
