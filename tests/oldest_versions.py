@@ -29,7 +29,9 @@ def versions() -> list[str]:
     lowest: dict[str, str] = {}
     for each in named:  # an extra may ask for a newer one than the package alone
         name, version = oldest(each)
-        lowest[name] = max(lowest.get(name, "0"), version, key=lambda v: [int(part) for part in v.split(".")])
+        lowest[name] = max(
+            lowest.get(name, "0"), version, key=lambda v: [int(part) for part in v.split(".")]
+        )
     return [f"{name}=={version}" for name, version in lowest.items() if name not in ELSEWHERE]
 
 
