@@ -6,10 +6,14 @@ A table stands between ``<!-- rows: NAME -->`` and ``<!-- rows: end -->``; `TABL
 make plots
 """
 
+import math
 import re
+import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import on_paper
 import rows
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +192,145 @@ def noise_correlations() -> str:
     return noise({metric: (place, metric) for metric in metrics}, 3)
 
 
+# Scaling.
+
+
+def growths() -> list[tuple[str, str, float, float, float]]:
+    """Way, what is varied, its value, seconds and bytes, by the value."""
+    found = rows.latest("scaling")
+    table = []
+    for (way, shape, metric), row in found.items():
+        axis, state, steps = shape.split()
+        batch, channels, side, _ = map(int, state.split("x"))
+        value = {"steps": int(steps[2:]), "batch": batch, "state": channels * side * side}[axis]
+        if metric == "time":
+            peak = float(found[way, shape, "peak live tensors"]["median"])
+            table.append((way, axis, value, float(row["median"]), peak))
+    return sorted(table, key=lambda line: line[2])
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """The slope of logarithms over the last three points, by least squares."""
+    x, y = ([math.log(value) for value in each] for each in zip(*points[-3:], strict=True))
+    return statistics.linear_regression(x, y).slope
+
+
+def slopes() -> str:
+    """Exponents of time and memory by steps, batch and state."""
+    table = growths()
+    ways = list(dict.fromkeys(line[0] for line in table))
+    axes = ("steps", "batch", "state")
+    head = [f"{what}, {axis}" for what in ("time", "memory") for axis in axes]
+
+    def along(way: str, axis: str, column: int) -> str:
+        return f"{exponent([(r[2], r[column]) for r in table if r[:2] == (way, axis)]):.2f}"
+
+    return markdown(
+        ("exponent of", *head),
+        ((way, *(along(way, axis, column) for column in (3, 4) for axis in axes)) for way in ways),
+    )
+
+
+# On paper.
+
+LAYOUTS = {f"{gpus} GPU" + "s" * (gpus > 1): gpus for gpus in on_paper.GPUS}
+
+
+def gigabytes(count: float) -> str:
+    """By two digits, and whole from ten on."""
+    value = count / 1e9
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def seconds(count: float) -> str:
+    return f"{count:,.0f}" if count >= 10 else f"{count:.1g}"
+
+
+def paper_parts() -> str:
+    """What a GPU holds, by part."""
+    free = [on_paper.Layout(gpus, gpus) for gpus in LAYOUTS.values()]
+    state = on_paper.FLOAT32 * math.prod(on_paper.LATENT)
+    parts = {
+        "weights, its shard": [each.weights() for each in free],
+        "weights gathered for a while": [each.gathered() for each in free],
+        "gradient of trained weights": [replace(each, trained=True).gradient() for each in free],
+        "one state": [state] * len(free),
+        "kept by one call, blocks with activation checkpoints": [each.one_call() for each in free],
+        "beside it in a block's backward": [each.one_block() for each in free],
+        "kept by one call without": [each.one_call(checkpointed=False) for each in free],
+    }
+    lines = ((name, *map(gigabytes, values)) for name, values in parts.items())
+    return markdown(("GB a GPU", *LAYOUTS), lines)
+
+
+def paper_peaks() -> str:
+    """The sum by strategy, frozen and trained."""
+    layouts = [
+        on_paper.Layout(gpus, gpus, trained)
+        for trained in (False, True)
+        for gpus in LAYOUTS.values()
+    ]
+    columns = [(each, list(on_paper.strategies(each))) for each in layouts]
+    head = [f"{how}, {told}" for how in ("frozen", "trained") for told in LAYOUTS]
+    return markdown(
+        ("GB a GPU", *head),
+        (
+            (f"`{row.name}`", *(gigabytes(each.fixed() + found[k].peak) for each, found in columns))
+            for k, row in enumerate(columns[0][1])
+        ),
+    )
+
+
+def paper_collectives() -> str:
+    """Counts of a run and its backward."""
+    m = on_paper.model()
+    lines = []
+    for row in on_paper.strategies(on_paper.Layout(8, 8)):
+        made = on_paper.evaluations(row)
+        blocks, roots = on_paper.gathers(m.blocks, on_paper.CALLS, made)
+        whole = on_paper.BFLOAT16 * (blocks * m.block + roots * m.root)
+        host = gigabytes(row.host) if row.host else "0"
+        lines.append(
+            (
+                f"`{row.name}`",
+                f"{made}",
+                f"{blocks + roots:,}",
+                f"{whole / 1e12:.1f}",
+                f"{on_paper.reductions(m.blocks)}",
+                f"{on_paper.CALLS}",
+                host,
+            )
+        )
+    head = (
+        "",
+        "model calls",
+        "all-gathers",
+        "TB gathered",
+        "reduce-scatters, if trained",
+        "all-reduces of the input's gradient",
+        "GB on the host",
+    )
+    return markdown(head, lines)
+
+
+def paper_times() -> str:
+    """Seconds of arithmetic and of the links, frozen weights."""
+    layouts = {told: on_paper.Layout(gpus, gpus) for told, gpus in LAYOUTS.items()}
+    layouts["64 GPUs, a copy of the weights a node"] = on_paper.Layout(64, 8)
+    lines = []
+    for k, row in enumerate(on_paper.strategies(next(iter(layouts.values())))):
+        made, cells = on_paper.evaluations(row), []
+        for each in layouts.values():
+            times = (
+                list(on_paper.strategies(each))[k].seconds,
+                on_paper.gathering(each, made),
+                on_paper.exchanging(each, made),
+            )
+            cells.append(" + ".join(map(seconds, times)) if each.gpus > 1 else seconds(times[0]))
+        lines.append((f"`{row.name}`", *cells))
+    return markdown(("s: arithmetic + weights + tokens", *layouts), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "five": lambda: compared(work("convolutions"), FIVE),
     "perceptron": lambda: compared(work("perceptron 16x64 N=256 euler")),
@@ -204,6 +347,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "noise-optimisation": lambda: noise_optimisation("heun, churn"),
     "noise-optimisation-ancestral": lambda: noise_optimisation("euler_ancestral"),
     "noise-correlations": noise_correlations,
+    "slopes": slopes,
+    "paper-parts": paper_parts,
+    "paper-peaks": paper_peaks,
+    "paper-collectives": paper_collectives,
+    "paper-times": paper_times,
 }
 
 
