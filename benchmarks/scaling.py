@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the cost of a gradient grows with the steps, the batch and the state, by memory strategy.
 
-One of the three is varied at a time. The last part counts the weights of a video transformer with 14
-billion parameters, and measures on small ones of the same make what a block keeps for backward:
+One of the three is varied at a time. The last part counts the weights of a video transformer with
+14 billion parameters, and measures on small ones of the same make what a block keeps for backward:
 `on_paper.py` calculates from these.
 
 make bench-scaling
@@ -69,7 +69,7 @@ def growth(table: Rows, wanted: list[tuple[str, Case]], cores: str, rounds: int)
             )
 
 
-# A transformer for video latents: that of Wan 2.1, whose sizes are the defaults of diffusers' class.
+# A transformer for video latents, that of Wan 2.1: its sizes are the defaults of diffusers' class.
 
 
 def weights(table: Rows) -> None:
