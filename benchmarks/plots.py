@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import figures
 import matplotlib
 import rows
+from tables.scaling import growths
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -102,7 +102,7 @@ def memory() -> Any:
 
 def scaling() -> Any:
     """Time and memory against the steps, the batch and the state."""
-    table = figures.growths()
+    table = growths()
     figure, axes = plt.subplots(2, 3, figsize=(8.2, 4.6), sharex="col", sharey="row")
     names = {"steps": "steps N", "batch": "batch B", "state": "elements of a sample"}
     ways = list(dict.fromkeys(line[0] for line in table))
