@@ -64,7 +64,7 @@ class Bare(diffusers.DiffusionPipeline):
 
 
 class Corrected(diffusers.DiffusionPipeline):
-    """The loop of Karras et al. 2022, Algorithm 2, as KarrasVePipeline has it, without its images."""
+    """Algorithm 2 of Karras et al. 2022 as in KarrasVePipeline, without its images."""
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         super().__init__()
