@@ -92,7 +92,7 @@ class Adjoint:
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
-        self._index = {e.state: k for k, e in enumerate(trajectory.program.evaluations)}
+        self._index = {e.state: k for k, e in enumerate(trajectory.recalled)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._retains = False  # whether what is pulled back may be pulled back once more
@@ -105,7 +105,8 @@ class Adjoint:
         """Runs forward; what backward needs is kept."""
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-            self._states.save(self._index[evaluation.state], x)
+            if evaluation.state in self._index:
+                self._states.save(self._index[evaluation.state], x)
             return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
 
         return self._trajectory.forward(self._z0, evaluate)
@@ -163,7 +164,9 @@ class Adjoint:
         passes = found.leaves.pop(id(graph.leaf_of(call.scaled)), None) is not None
         found.leaves.pop(id(graph.leaf_of(call.level)), None)
         self._take(evaluation, call.outputs, found)
-        seen = self._is_pulled(evaluation) and self._trajectory.policy.enters(evaluation.step)
+        seen = self._trajectory.is_pulled(evaluation) and self._trajectory.policy.enters(
+            evaluation.step
+        )
         if not passes and seen and not self._detached and self._asked():
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
@@ -210,13 +213,6 @@ class Adjoint:
         first = self._trajectory.parallel.agreement.least(min(failures, default=math.inf))[0]
         if first < math.inf:
             raise failures.get(int(first)) or _another(int(first), " on another rank")
-
-    def _is_pulled(self, evaluation: Evaluation) -> bool:
-        """Whether backward differentiates the call."""
-        monitor = self._trajectory.observer.monitor
-        beside = None if monitor is None else monitor.policy
-        policies = [self._trajectory.policy, *([] if beside is None else [beside])]
-        return any(policy.pulls(evaluation.step) for policy in policies)
 
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
@@ -310,7 +306,8 @@ class Adjoint:
 
     def _skip(self, evaluation: Evaluation) -> None:
         """Passes over a call that is not pulled back."""
-        self._states.load(self._index[evaluation.state])
+        if evaluation.state in self._index:
+            self._states.load(self._index[evaluation.state])
 
     def _differentiate(
         self,

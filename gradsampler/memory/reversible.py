@@ -225,6 +225,7 @@ class _Reversing(Adjoint):
     def __init__(self, trajectory: Trajectory, pair: Pair, z0: Tensor) -> None:
         self._pair = pair
         self._evaluations = trajectory.program.evaluations
+        self._positions = {e.state: j for j, e in enumerate(self._evaluations)}
         self._silent = trajectory.unobserved()
         self._agreement = trajectory.parallel.agreement
         self._digest = torch.empty(0)  # of the last evaluation's outputs
@@ -260,7 +261,7 @@ class _Reversing(Adjoint):
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more, and undoes what followed from its outputs."""
-        j = self._index[evaluation.state]
+        j = self._positions[evaluation.state]
         x, scaled = self._pair.state(j)
         call = self._repeated(evaluation, x, scaled)
         last = evaluation is self._evaluations[-1]
