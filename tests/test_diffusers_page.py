@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code of docs/diffusers.md runs and does what the page says."""
 
+import csv
 import re
 from functools import cache
 
