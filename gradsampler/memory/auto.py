@@ -69,8 +69,10 @@ class Auto(Memory):
             return Reversible().run(trajectory, z0)
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
-        count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()
-        free, opening = self._left(z0), None
+        count, size = len(trajectory.recalled), z0.numel() * z0.element_size()
+        free, opening = capacity.free(z0.device), None
+        after = 0 if free is None else self._after(z0)  # bytes
+        free = None if free is None else max(0, free - after)
         if free is not None and count > 1 and _plain(trajectory, z0.device):
             begun = Begun(trajectory, z0)
             # The gradients that are alive within a call's backward take about as much as its graph.
@@ -81,7 +83,13 @@ class Auto(Memory):
         here = free is None or count * size <= _STATES * free
         host = None if here or z0.device.type == "cpu" else capacity.free(torch.device("cpu"))
         there = here or (host is not None and count * size <= _STATES * host)
-        slots = math.inf if free is None else int(_STATES * free) // (size * _snapshot(trajectory))
+        slots = math.inf
+        if free is not None:
+            snapshot = size * _snapshot(trajectory)
+            # Beside its snapshots it has the last call's graph while what follows the run works.
+            more = after if opening is None else min(after, opening.graph)
+            slots = min(int(_STATES * free), count * size - more - 1) // snapshot
+            here = here or (slots < 1 <= after and not there)  # less than checkpoint cannot be had
         # Where ranks wait for the calls of one another, the one with the least room decides.
         least = trajectory.parallel.agreement.least(here, there, slots)
         if least[0]:
@@ -92,17 +100,14 @@ class Auto(Memory):
             return _connected(trajectory, z0, Host(count), room, opening)
         return Revolve(max(1, int(min(least[2], count)))).run(trajectory, z0, opening)
 
-    def _left(self, z0: Tensor) -> int | None:
-        """What is free, and not needed by what follows the run."""
-        free = capacity.free(z0.device)
-        if free is None or self.after is None:
-            return free
-        if not callable(self.after):
-            return max(0, free - capacity.parsed("Auto: after", self.after))
+    def _after(self, z0: Tensor) -> int:
+        """Bytes that what follows the run needs."""
+        if self.after is None or not callable(self.after):
+            return 0 if self.after is None else capacity.parsed("Auto: after", self.after)
         key = z0.shape, z0.dtype, z0.device
         if key not in self._measured:
             self._measured[key] = following.measured(self.after, z0).peak
-        return max(0, free - self._measured[key])
+        return self._measured[key]
 
 
 def _plain(trajectory: Trajectory, device: torch.device) -> bool:
@@ -217,9 +222,8 @@ class _Keeping(Adjoint):
         opening: Opening | None,
     ) -> None:
         self._room = room
-        self._from: int | None = None  # the evaluation from which on calls are kept
+        self._from: int | None = None  # from which on calls are kept, of those backward needs
         self._calls: dict[Slot, Call] = {}  # by the state
-        self._left: set[Slot] = set()  # states of calls that are not pulled back
         if opening is not None:
             self._from = max(1, self._beyond(trajectory, opening.graph))
         super().__init__(trajectory, states, z0, opening)
@@ -228,23 +232,22 @@ class _Keeping(Adjoint):
         """The first of the calls that fit, taken to be of ``graph`` bytes."""
         # The gradients that are alive within a backward belong to tensors of the call, so they
         # take about as much as its graph at most.
-        count = len(trajectory.program.evaluations)
+        count = len(trajectory.recalled)
         fitting = min(count, max(0, int(self._room / graph - 1)))
         return count - int(trajectory.parallel.agreement.least(fitting)[0])
 
     def _run(self) -> Tensor:
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             call = self._first(evaluation, x, scaled)
-            k = self._index[evaluation.state]
-            kept = self._from is not None and k >= self._from and self._asked()
-            if kept and self._levels:
-                self._calls[evaluation.state] = call
-            elif kept and not self._is_pulled(evaluation):
-                self._left.add(evaluation.state)
-            elif kept:  # only coefficients that are learned are multiplied by the state
-                self._calls[evaluation.state] = call._replace(x=call.scaled)
-            else:
+            k = self._index.get(evaluation.state)
+            if k is None:  # backward passes over it
+                pass
+            elif self._from is None or k < self._from or not self._asked():
                 self._states.save(k, x)
+            elif self._levels:
+                self._calls[evaluation.state] = call
+            else:  # only coefficients that are learned are multiplied by the state
+                self._calls[evaluation.state] = call._replace(x=call.scaled)
             return [output.detach() for output in call.outputs]
 
         return self._trajectory.forward(self._z0, evaluate)
@@ -267,14 +270,16 @@ class _Keeping(Adjoint):
         return self._calls[state] if self._retains else self._calls.pop(state)
 
     def _skip(self, evaluation: Evaluation) -> None:
-        if evaluation.state not in self._left:
+        if evaluation.state in self._calls:
+            self._again(evaluation)
+        else:
             super()._skip(evaluation)
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         # A second backward, with retain_graph=True in the first, finds the calls where they were.
         self._retains = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
-            return super().backward(lam, kept, wants_z0)
+            return super().backward(lam, kept, wanted)
         finally:
             if not self._retains:
                 self._calls.clear()

@@ -46,7 +46,7 @@ class Offload(Memory):
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
         states: States
-        count = len(trajectory.program.evaluations)
+        count = len(trajectory.recalled)
         if self.to != "cpu":
             states = Files(Path(self.to), count)
         elif z0.device.type == "cpu":

@@ -225,6 +225,7 @@ class _Reversing(Adjoint):
     def __init__(self, trajectory: Trajectory, pair: Pair, z0: Tensor) -> None:
         self._pair = pair
         self._evaluations = trajectory.program.evaluations
+        self._positions = {e.state: j for j, e in enumerate(self._evaluations)}
         self._silent = trajectory.unobserved()
         self._agreement = trajectory.parallel.agreement
         self._digest = torch.empty(0)  # of the last evaluation's outputs
@@ -240,13 +241,13 @@ class _Reversing(Adjoint):
 
         return self._pair.forward(self._z0, self._trajectory, evaluate)
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         with torch.no_grad():
             if not self._there:
                 self._pair.forward(self._z0, self._silent, self._replay)
             self._there = False
             try:
-                gradients = super().backward(lam, kept, wants_z0)
+                gradients = super().backward(lam, kept, wanted)
                 if self._agreement.any(not self._pair.returned(self._z0)):
                     _differs("some step")
             finally:
@@ -260,7 +261,7 @@ class _Reversing(Adjoint):
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more, and undoes what followed from its outputs."""
-        j = self._index[evaluation.state]
+        j = self._positions[evaluation.state]
         x, scaled = self._pair.state(j)
         call = self._repeated(evaluation, x, scaled)
         last = evaluation is self._evaluations[-1]
