@@ -151,3 +151,9 @@ def test_the_examples_run_in_short_forms(tmp_path):
     said = torchrun(*tune, folder=tmp_path)
     begin, end = map(float, re.search(r"mean: ([\d.]+) to ([\d.]+)", said).groups())
     assert end > 2 * begin
+    said = torchrun(ROOT / "examples" / "cut_unet.py", folder=tmp_path)
+    errors = re.findall(r"[\d.]+e-\d+", said)
+    assert len(errors) == 3
+    assert max(map(float, errors)) < 1e-12
+    alone, together = map(int, re.search(r"(\d+) bytes alone, (\d+) a rank", said).groups())
+    assert together < 0.7 * alone

@@ -237,6 +237,14 @@ class Placed(Parameterization):
             hint = "make one of a part by DTensor.from_local"
             _checks.fail(name, "be a DTensor as its input is", type(output).__name__, hint)
         _checks.shape(name, output, self._layout.shape)
+        placed = (output.shape, output.device_mesh, output.placements)
+        own, _ = compute_local_shape_and_global_offset(*placed)
+        if tuple(output._local_tensor.shape) != tuple(
+            own
+        ):  # torch 2.13's convolution of a cut image
+            hint = "an operation of DTensor in it is wrong; examples/cut_unet.py has convolutions"
+            got = list(output._local_tensor.shape)
+            _checks.fail(name, f"have a part of {list(own)}, as its placements say", got, hint)
         return part(output, self._layout.placements)
 
 
