@@ -227,7 +227,7 @@ def _scale(name: str, scale: object) -> Scale:
         return tuple(_checks.finite(f"{name}[{k}]", c) for k, c in enumerate(scale))
     if not isinstance(scale, Tensor):
         return _checks.finite(name, scale)
-    if _checks.floating(name, scale).ndim > 1:
+    if _checks.floating(name, _checks.unmapped(name, scale)).ndim > 1:
         _checks.fail(name, "have shape [] or [N], one a step", list(scale.shape))
     scale = scale.to("cpu", torch.float64)
     if scale.ndim == 0:

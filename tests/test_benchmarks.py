@@ -13,7 +13,7 @@ import pytest
 from gradsampler.ops import backends
 
 ROOT = Path(__file__).parents[1]
-PLOTS = ("peers", "memory", "purifier", "noise-samples", "noise-gradients")
+PLOTS = ("peers", "memory", "scaling", "purifier", "noise-samples", "noise-gradients")
 
 
 def run(*command, **environment):
@@ -67,6 +67,15 @@ def test_memory_benchmark_rehearses_every_part():
     done = run("benchmarks/memory.py", "--rehearse")
     assert done.returncode == 0, done.stderr
     for part in ("memory N=    2 reversible", "time over store", "long run directional"):
+        assert part in done.stdout
+
+
+@pytest.mark.thorough
+def test_scaling_benchmark_rehearses_every_part():
+    pytest.importorskip("diffusers")
+    done = run("benchmarks/scaling.py", "--rehearse", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for part in ("steps 1x4x8x8 N=4", "parameters of a block", "with an activation checkpoint"):
         assert part in done.stdout
 
 

@@ -275,11 +275,11 @@ class _Keeping(Adjoint):
         else:
             super()._skip(evaluation)
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         # A second backward, with retain_graph=True in the first, finds the calls where they were.
         self._retains = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
-            return super().backward(lam, kept, wants_z0)
+            return super().backward(lam, kept, wanted)
         finally:
             if not self._retains:
                 self._calls.clear()

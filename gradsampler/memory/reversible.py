@@ -241,13 +241,13 @@ class _Reversing(Adjoint):
 
         return self._pair.forward(self._z0, self._trajectory, evaluate)
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         with torch.no_grad():
             if not self._there:
                 self._pair.forward(self._z0, self._silent, self._replay)
             self._there = False
             try:
-                gradients = super().backward(lam, kept, wants_z0)
+                gradients = super().backward(lam, kept, wanted)
                 if self._agreement.any(not self._pair.returned(self._z0)):
                     _differs("some step")
             finally:

@@ -163,7 +163,7 @@ class _Revolving(Adjoint):
         self._taped = self._repeated(evaluation, self._work[evaluation.state])
         self._work = {}
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         if self._place is not None:
             self._place.settle()
         try:
@@ -171,7 +171,7 @@ class _Revolving(Adjoint):
                 with self._circumstances.autocast():
                     self._sweep(self._silent, self._replay)
                 self._tape(self._evaluations[-1])
-            return super().backward(lam, kept, wants_z0)
+            return super().backward(lam, kept, wanted)
         finally:
             if self._place is not None:
                 self._place.close()
