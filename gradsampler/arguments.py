@@ -84,7 +84,9 @@ def trajectory(
 
     Nobody looks on.
     """
-    weights.check(model, saved=z0.requires_grad)
+    conditioning = Conditioning(cond)
+    seen = parts.Seen(model, conditioning)
+    weights.check(model, seen, saved=z0.requires_grad)
     if program.by_sample and program.coefficients.shape[1] != len(z0):
         _checks.fail(
             "sigmas", f"have shape [N+1, {len(z0)}]", f"{program.coefficients.shape[1]} columns"
@@ -99,7 +101,6 @@ def trajectory(
     chosen = backends.choose(backend, z0.device)
     if transforms.followed(program.coefficients):  # whose op knows one way alone
         chosen = replace(chosen, torch_up_to=0)
-    conditioning = Conditioning(cond)
     return Trajectory(
         program,
         model,
@@ -110,8 +111,9 @@ def trajectory(
         model_dtype(model, z0),
         Observer(program),
         z0.device,
-        Parallel.of(lambda: parts.reachable(model, conditioning).modules),
+        Parallel.of(lambda: seen.parts.modules),
         start=None if start is None else start.to(state),
+        seen=seen,
     )
 
 

@@ -54,14 +54,15 @@ class Witness(Memory):
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:
         self.trajectory, self.z0 = trajectory, z0
-        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._circumstances = Circumstances(z0.device, trajectory.seen)
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             seen, level = trajectory.model_input(evaluation, x, scaled)
             self.calls.append(Call(evaluation, seen, level))
             cond = trajectory.cond.filled(trajectory.cond.tensors)
-            with self._circumstances.captured(evaluation):
-                return trajectory.call(evaluation, seen, level, cond)
+            return self._circumstances.captured(
+                evaluation, lambda: trajectory.call(evaluation, seen, level, cond)
+            )
 
         with torch.no_grad():
             x = trajectory.forward(z0, evaluate)

@@ -50,6 +50,44 @@ def assert_same(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("g", [None, "dense", "strided", "half"])
+def test_cotangents_of_few_elements(g, count, dtype):
+    # By torch's own operations, where the extension takes the others.
+    generator = torch.Generator().manual_seed(0)
+    if g is None and count == 0:
+        return
+    shape, backend = (5, 7), backends.choose(None, torch.device("cpu"))
+    lams = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
+    model = None if g is None else torch.randn(shape, generator=generator, dtype=dtype)
+    if g == "strided":
+        model = torch.cat((model, model), 1)[:, :7]
+    if g == "half":
+        model = model.bfloat16()
+    for scale in (1.0, -0.3):
+        for b in (None, [0.0] * count + [0.4], [*[0.5, 0.0, 2.0][:count], 0.4]):
+            numbers = ([0.3, -1.2, 0.7][:count], model, scale, b)
+            options = {"lam_dtype": dtype, "mu_dtype": None if b is None else dtype}
+            found = backend.adjoint(lams, *numbers, **options)
+            wide = [lam.double() for lam in lams]
+            exact = 0 if model is None else scale * model.double()
+            exact = exact + sum(c * lam for c, lam in zip(numbers[0], wide, strict=True))
+            close(found[0], exact)
+            if b is None:
+                assert found[1] is None
+            else:
+                close(
+                    found[1],
+                    b[-1] * exact + sum(c * lam for c, lam in zip(b[:-1], wide, strict=True)),
+                )
+
+
+def close(got, exact):
+    tolerance = 1e-12 if got.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance)
+
+
 @needs_triton
 @pytest.mark.parametrize("solver", few(SOLVERS, "euler", "heun", "dpmpp_2m_sde"))
 def test_every_solver_runs_on_the_kernels(solver):

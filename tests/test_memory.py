@@ -24,7 +24,7 @@ from support.networks import Net
 from support.noises import KINDS, injections, make_noise
 from support.problems import normal
 from support.runs import LEVELS, SOLVERS, TYPICAL, injecting, leaf, levels
-from support.strategies import memories
+from support.strategies import STRATEGIES, memories, strategies
 from support.tiers import pairs
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # relative, in the L2 norm
@@ -362,6 +362,94 @@ def test_a_parameter_used_at_one_step(used, memory):
 
     expected = euler(denoiser, z0)
     assert_same_gradients(gs.sample(denoiser, z0, SIGMAS, memory=memory), expected, [weight])
+
+
+class Late:
+    """A denoiser that uses its weight from one call on, if at all, and counts its states."""
+
+    def __init__(self, first=None):
+        self.weight, self.first = leaf(normal(3, seed=1)), first
+        self.states, self.alive = [], []
+
+    def __call__(self, x, sigma):
+        self.alive.append(Watched.count(self.states))
+        self.states.append(StorageWeakRef(x.untyped_storage()))
+        used = self.first is not None and sigma[0] <= MANY[self.first]
+        return torch.tanh(x * self.weight) if used else torch.tanh(x)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "auto"])
+def test_a_run_that_no_gradient_follows_keeps_nothing(memory):
+    denoiser = Late()
+    with no_collector():
+        x = gs.sample(denoiser, normal(2, 3), MANY, memory=memory)
+    assert not x.requires_grad
+    assert len(denoiser.states) == STEPS
+    assert max(denoiser.alive) <= 1  # the state before, at most
+    assert Watched.count(denoiser.states) == 0
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_nothing_is_kept_of_the_calls_before_the_first_with_a_gradient(first):
+    denoiser, z0 = Late(first), normal(2, 3)
+    (wanted,) = gradients(euler(denoiser, z0, MANY), [denoiser.weight])
+    denoiser.states.clear()
+    with no_collector():
+        x = gs.sample(denoiser, z0, MANY, memory="checkpoint")
+        assert Watched.count(denoiser.states) == STEPS - first
+        (got,) = gradients(x, [denoiser.weight])
+    assert len(denoiser.states) == STEPS + STEPS - first
+    assert_close(got, wanted)
+
+
+@strategies
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_a_weight_that_is_used_late(first, memory, tmp_path):
+    denoiser, z0 = Late(first), normal(2, 3)
+    (wanted,) = gradients(euler(denoiser, z0, MANY), [denoiser.weight])
+    x = gs.sample(denoiser, z0, MANY, memory=STRATEGIES[memory](tmp_path))
+    for again in (True, False):
+        (got,) = gradients(x, [denoiser.weight], retain_graph=again)
+        assert_close(got, wanted)
+
+
+@memories
+@pytest.mark.parametrize("detached", [0, 1, 4, None])
+def test_a_call_that_detaches_is_seen_among_those_of_other_graphs(detached, memory):
+    # Each way through the network is another one than that of the call before.
+    z0, weight, calls = leaf(normal(2, 3)), leaf(normal(3, seed=1)), []
+
+    def denoiser(x, sigma):
+        step = len(calls) % STEPS
+        calls.append(sigma)
+        y = x.detach() if step == detached else x
+        for _ in range(step % 3):
+            y = y.sin() if step % 2 else y.exp() + 1
+        return weight * y if step % 2 else y * weight
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gs.sample(denoiser, z0, MANY, memory=memory)
+    assert [w.message.step for w in caught] == ([] if detached is None else [detached])
+
+
+@memories
+def test_a_denoiser_that_changes_its_level(memory):
+    # Heun's method asks twice at most levels.
+    z0, sigmas = leaf(normal(2, 3)), levels(LEVELS)
+
+    def scaled(x, c):
+        return torch.tanh(x) * c[:, None]
+
+    def changing(x, sigma):
+        return scaled(x, sigma.log_().sin_())
+
+    def pure(x, sigma):
+        return scaled(x, sigma.log().sin())
+
+    expected = gs.sample(pure, z0, sigmas, solver="heun", memory="store")
+    x = gs.sample(changing, z0, sigmas, solver="heun", memory=memory)
+    assert_same_gradients(x, expected, [z0])
 
 
 @memories

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +58,12 @@ class Opening(NamedTuple):
 
 
 class Adjoint:
-    """A run that kept only the states its model calls saw, and the gradient of that run."""
+    """A run that kept only the states its model calls saw, and the gradient of that run.
+
+    Of the calls before the first that depends on anything which requires grad, nothing is kept.
+    """
+
+    repeats_all: ClassVar[bool] = False  # also calls that no gradient asks for are made again
 
     def __init__(
         self,
@@ -79,18 +84,14 @@ class Adjoint:
             graph.input_of(x, differentiated=x.requires_grad) for x in trajectory.cond.tensors
         ]
         self._circumstances = (
-            Circumstances(
-                z0.device,
-                trajectory.model,
-                trajectory.cond,
-                agreement=trajectory.parallel.agreement,
-            )
+            Circumstances(z0.device, trajectory.seen, agreement=trajectory.parallel.agreement)
             if opening is None
             else opening.circumstances
         )
         self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
+        self._begin = 0 if self.repeats_all else None  # the first call that is asked for
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
         self._index = {e.state: k for k, e in enumerate(trajectory.recalled)}
         self._leaves: dict[int, Tensor] = {}
@@ -105,9 +106,9 @@ class Adjoint:
         """Runs forward; what backward needs is kept."""
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-            if evaluation.state in self._index:
-                self._states.save(self._index[evaluation.state], x)
-            return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
+            outputs = self._first(evaluation, x, scaled).outputs
+            self._save(evaluation, x)
+            return [output.detach() for output in outputs]
 
         return self._trajectory.forward(self._z0, evaluate)
 
@@ -158,18 +159,16 @@ class Adjoint:
             self._take(evaluation, opening.outputs, opening.found)
             return Call(x, x, x, opening.outputs)
         since = graph.mark()
-        with self._circumstances.captured(evaluation):
-            call = self._call(evaluation, x, scaled)
+        call = self._circumstances.captured(evaluation, lambda: self._call(evaluation, x, scaled))
         found = graph.reached(call.outputs, since, until=self._cond)
         passes = found.leaves.pop(id(graph.leaf_of(call.scaled)), None) is not None
         found.leaves.pop(id(graph.leaf_of(call.level)), None)
         self._take(evaluation, call.outputs, found)
-        seen = self._trajectory.is_pulled(evaluation) and self._trajectory.policy.enters(
-            evaluation.step
-        )
-        if not passes and seen and not self._detached and self._asked():
-            self._detached = True
-            warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
+        if not passes and not self._detached and self._asked():
+            pulled = self._trajectory.is_pulled(evaluation)
+            self._detached = pulled and self._trajectory.policy.enters(evaluation.step)
+            if self._detached:
+                warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         return call
 
     def _take(
@@ -179,19 +178,34 @@ class Adjoint:
         for slot, output in zip(evaluation.writes, outputs, strict=True):
             self._dtypes[slot] = output.dtype
         self._outer |= found.outer
-        self._sketches[evaluation.state.call] = self._sketched(outputs)
         for key, leaf in found.leaves.items():
             if key not in self._leaves:
                 self._leaves[key] = leaf
+        if self._begin is None and self._asked():
+            self._begin = self._index.get(evaluation.state)
+        if self._begin is not None:
+            self._sketches[evaluation.state.call] = self._sketched(outputs)
+
+    def _save(self, evaluation: Evaluation, x: Tensor) -> None:
+        """Keeps the state that a call has seen, if a gradient may ask for it."""
+        k = self._index.get(evaluation.state)
+        if self._begin is not None and k is not None:  # backward passes over others
+            self._states.save(k - self._begin, x)
+
+    def _load(self, evaluation: Evaluation) -> Tensor:
+        assert self._begin is not None
+        return self._states.load(self._index[evaluation.state] - self._begin)
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more on the state that it saw."""
-        return self._repeated(evaluation, self._states.load(self._index[evaluation.state]))
+        return self._repeated(evaluation, self._load(evaluation))
 
     def _repeated(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
         """Calls the model as the first time; what it returns is compared in the end."""
         call = self._circumstances.again(evaluation, lambda: self._call(evaluation, x, scaled))
-        self._repeats.append((evaluation, self._sketched(call.outputs)))
+        first = self._sketches[evaluation.state.call]
+        if not all(sketch.matches(y) for sketch, y in zip(first, call.outputs, strict=True)):
+            self._repeats.append((evaluation, self._sketched(call.outputs)))
         return call
 
     def _sketched(self, outputs: Sequence[Tensor]) -> list[Sketch]:
@@ -292,6 +306,8 @@ class Adjoint:
         self, evaluation: Evaluation, asking: Sequence[Cotangents], inner: dict[int, Tensor]
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
+        if not self._reached(evaluation):
+            return
         if not self._levels and not any(each.policy.pulls(evaluation.step) for each in asking):
             self._skip(evaluation)
             return
@@ -307,7 +323,12 @@ class Adjoint:
     def _skip(self, evaluation: Evaluation) -> None:
         """Passes over a call that is not pulled back."""
         if evaluation.state in self._index:
-            self._states.load(self._index[evaluation.state])
+            self._load(evaluation)
+
+    def _reached(self, evaluation: Evaluation) -> bool:
+        """Whether the call comes after the first that a gradient asks for, or is that."""
+        k = self._index.get(evaluation.state)
+        return self._begin is not None and (k is None or k >= self._begin)
 
     def _differentiate(
         self,

@@ -10,14 +10,17 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from gradsampler.engine import parts
 from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.buffers import Buffers, Values
+from gradsampler.engine.parts import Seen
 from gradsampler.engine.program import Evaluation
 from gradsampler.engine.randomness import Astray, Moves, Randomness
 from gradsampler.repetition import ReplayError
 
 T = TypeVar("T")
+
+
+_NO_VALUES: Values = {}
 
 
 class Moment(NamedTuple):
@@ -32,17 +35,16 @@ class Circumstances:
 
     Args:
         device: of the run.
-        roots: what the model calls are made of.
+        seen: what the model calls are made of.
         agreement: with those who would wait for further calls; where there are any, what goes wrong
             in a call is kept for the end of the backward.
     """
 
     def __init__(
-        self, device: torch.device, *roots: object, agreement: Agreement | None = None
+        self, device: torch.device, seen: Seen, *, agreement: Agreement | None = None
     ) -> None:
-        found = parts.reachable(*roots)
-        self._randomness = Randomness(device, found.generators)
-        self._buffers = Buffers(found.modules)
+        self._randomness = Randomness(device, seen.parts.generators)
+        self._buffers = Buffers(seen.parts.modules)
         self._kinds = {"cpu", device.type}
         self._autocasts = self._present_autocasts()
         self._cached = torch.is_autocast_cache_enabled()
@@ -50,14 +52,14 @@ class Circumstances:
         self._agreement = agreement or Agreement()
         self.failures: dict[int, ReplayError] = {}  # by step, the first of each
 
-    @contextmanager
-    def captured(self, evaluation: Evaluation) -> Iterator[None]:
-        """Captures them around the first call of an evaluation."""
-        values = self._buffers.before() if self._buffers else {}
+    def captured(self, evaluation: Evaluation, call: Callable[[], T]) -> T:
+        """Makes the first call of an evaluation, and captures them around it."""
+        values = self._buffers.before() if self._buffers else _NO_VALUES
         states = self._randomness.states()
-        yield
+        result = call()
         moves = self._randomness.moved(states)
         self._moments[evaluation.state.call] = Moment(moves, values)
+        return result
 
     def finish(self) -> None:
         """Takes note that all first calls are made."""

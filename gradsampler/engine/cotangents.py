@@ -237,7 +237,7 @@ class Cotangents:
         if not lams and g is None:
             return
         draw = self._draw(absorption) if absorption and gradients.z0 is not None else None
-        cot[slot], mu = self._trajectory.backend.adjoint_step(
+        cot[slot], mu = self._trajectory.backend.adjoint(
             [cot[s] for s in lams],
             a,
             None if g is None else cot[g],
@@ -250,7 +250,7 @@ class Cotangents:
             mu_dtype=None if output is None else self._dtypes[output.writes],
             lam_dtype=self._trajectory.state_dtype,
         )
-        if output is not None and any(s in cot for s, _ in output.terms):
+        if mu is not None and output is not None and any(s in cot for s, _ in output.terms):
             cot[output.writes] = mu
         if absorption is not None and (draw is None or gradients.numbered):
             done = draw is not None or self._absorb_part(absorption, cot[slot])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 
 def without_hooks(leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -35,7 +36,7 @@ def pulled(
     retain: bool,
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad` of outputs and cotangents that fit, without its checks of these."""
-    found: tuple[Tensor | None, ...] = torch.autograd.graph._engine_run_backward(
+    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(
         tuple(outputs),
         tuple(cotangents),
         retain,
@@ -95,24 +96,54 @@ def mark() -> int:
     return following - 1
 
 
-def reaches(outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
-    """Whether the graph built since the number ``since`` of `mark` leads from outputs to ``x``."""
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    target, seen = x.grad_fn, set(pending)
-    while pending:
-        node = pending.pop()
-        if node is target or (target is None and getattr(node, "variable", None) is x):
-            return True
-        if node._sequence_nr() <= since:
-            continue
-        # The last is looked at first, and the way to an input is mostly the first of them.
-        for parent, _ in reversed(node.next_functions):
-            if parent is target is not None:
+class Way:
+    """A way from the outputs of model calls to their inputs; what it was in the call before is
+    tried first, as most calls build the same graph.
+    """
+
+    def __init__(self) -> None:
+        self._turns: list[int] = []  # positions among a node's parents, the first output's first
+
+    def leads(self, outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
+        """Whether the graph built since the number ``since`` of `mark` leads from outputs to x."""
+        return self._led(outputs[0], x) or self._found(outputs, x, since)
+
+    def _led(self, output: Tensor, x: Tensor) -> bool:
+        node: Any = output.grad_fn
+        for turn in self._turns:
+            parents = () if node is None else node.next_functions
+            if turn >= len(parents):
+                return False
+            node = parents[turn][0]
+        return node is not None and _is_of(node, x)
+
+    def _found(self, outputs: Sequence[Tensor], x: Tensor, since: int) -> bool:
+        self._turns = []
+        pending: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        ways = {node: (node, -1) for node in pending}  # from which node, by which turn
+        first = outputs[0].grad_fn
+        while pending:
+            node = pending.pop()
+            if _is_of(node, x):
+                while ways[node][1] >= 0:
+                    node, turn = ways[node]
+                    self._turns.insert(0, turn)
+                self._turns = self._turns if node is first else []
                 return True
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                pending.append(parent)
-    return any(output is x for output in outputs)
+            if node._sequence_nr() <= since:
+                continue
+            # The last is looked at first, and the way to an input is mostly the first of them.
+            for turn, (parent, _) in reversed([*enumerate(node.next_functions)]):
+                if parent is not None and parent not in ways:
+                    ways[parent] = node, turn
+                    pending.append(parent)
+        return any(output is x for output in outputs)
+
+
+def _is_of(node: Any, x: Tensor) -> bool:
+    """Whether a node is where cotangents of ``x`` arrive."""
+    target = x.grad_fn
+    return getattr(node, "variable", None) is x if target is None else node is target
 
 
 def reached(outputs: Sequence[Tensor], since: int, until: Sequence[Tensor] = ()) -> Reached:

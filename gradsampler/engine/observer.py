@@ -51,7 +51,7 @@ class Observer:
         self._agreement = agreement or Agreement()
         self._unread: list[tuple[Tensor, Evaluation, str]] = []  # checks that a device has made
         self._bar = tqdm(total=program.num_steps, desc="sampling") if progress else None
-        self._looks = progress or check_finite or callback is not None
+        self.looks = progress or check_finite or callback is not None
         self._step = -1
         self._info: StepInfo | None = None
 
@@ -69,14 +69,14 @@ class Observer:
 
     def evaluating(self, evaluation: Evaluation) -> None:
         """Takes note that the model is about to be evaluated: the step before may be over."""
-        if self._looks and evaluation.step != self._step:
+        if self.looks and evaluation.step != self._step:
             self._end_step(evaluation.step)
 
     def evaluated(self, evaluation: Evaluation, x: Tensor, outputs: Sequence[Tensor]) -> None:
         """Takes note of a model evaluation."""
         if self.monitor is not None:
             self.monitor.saw(evaluation, x)
-        if not self._looks:
+        if not self.looks:
             return
         for value, what in ((x, "the state"), *((d, "the model's output") for d in outputs)):
             self.finite(evaluation, value, what)

@@ -8,7 +8,7 @@ the denoiser is made of, once a run.
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -28,6 +28,18 @@ class Parts(NamedTuple):
 
     modules: list[nn.Module]
     generators: list[torch.Generator]
+
+
+class Seen:
+    """What can be seen from ``roots``, looked for at the first question."""
+
+    def __init__(self, *roots: object) -> None:
+        self._roots = roots
+
+    @cached_property
+    def parts(self) -> Parts:
+        """As `reachable`."""
+        return reachable(*self._roots)
 
 
 def reachable(*roots: object) -> Parts:
@@ -76,7 +88,8 @@ def _parts(x: object) -> Iterable[object]:
     if isinstance(x, partial):
         return (x.func, x.args, x.keywords)
     if isinstance(x, type):
-        members = [] if foreign(x.__module__) else list(vars(x).values())
+        known = foreign(x.__module__) or x.__module__.startswith("gradsampler.")
+        members = [] if known else list(vars(x).values())
         members += [m.__func__ for m in members if isinstance(m, (staticmethod, classmethod))]
         return (*x.__bases__, *(m for m in members if isinstance(m, _MEMBERS)))
     if isinstance(x, nn.Module):  # most of its attributes are empty tables of hooks

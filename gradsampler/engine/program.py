@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gradsampler import transforms
+from gradsampler.contract import MAX_TERMS
 from gradsampler.elementary import as_float
 from gradsampler.noise.sources import Injected
 from gradsampler.parameterization import Coefficient, Parameterization, parameterize
@@ -106,6 +107,11 @@ class Evaluation:
     denoised: Terms  # D as a combination of the state and the outputs
     step: int  # the step that it belongs to; num_steps for a final denoising
 
+    @cached_property
+    def branches(self) -> list[int]:
+        """Which of the model's outputs are read."""
+        return [slot.branch for slot in self.writes]
+
     def reads(self) -> Iterator[Slot]:
         """The slot that the model is evaluated on."""
         yield self.state
@@ -176,6 +182,7 @@ class Launch(NamedTuple):
     injections: tuple[Injection, ...]
     amounts: list[Any]
     c_in: Any  # of the evaluation that follows; None where none does
+    plain: bool  # few terms with numbers of all samples, and no noise
 
 
 @dataclass(frozen=True)
@@ -237,6 +244,7 @@ class Program:
                 stage.injections,
                 [numbers[injection.coefficient] for injection in stage.injections],
                 numbers[after.c_in] if isinstance(after, Evaluation) else None,
+                not (self.by_sample or stage.injections) and len(stage.terms) <= MAX_TERMS,
             )
             if isinstance(stage, Stage)
             else None

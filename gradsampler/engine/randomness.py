@@ -175,6 +175,6 @@ def _address(generator: torch.Generator) -> int:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    # As bytes, which is faster than comparing tensors of uint8.
-    same: bool = a.numpy().tobytes() == b.numpy().tobytes()
-    return same
+    if a.numel() == b.numel() and a.numel() % 8 == 0:  # eight bytes at a time are faster
+        a, b = a.view(torch.int64), b.view(torch.int64)
+    return torch.equal(a, b)

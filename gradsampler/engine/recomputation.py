@@ -7,6 +7,7 @@ the second call's outputs are compared with the first one's, as for the model ca
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from gradsampler import _checks, transforms
 from gradsampler.engine import graph
 from gradsampler.engine.circumstances import Circumstances
+from gradsampler.engine.parts import Seen
 from gradsampler.engine.program import Evaluation, Slot
 from gradsampler.engine.replay import Sketch, changed
 from gradsampler.repetition import ReplayError
@@ -83,15 +85,14 @@ class _Call:
         self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
         self._function, self._name = function, name
         device = self._tensors[0].device if self._tensors else torch.get_default_device()
-        self._circumstances = Circumstances(device, *roots)
+        self._circumstances = Circumstances(device, Seen(*roots))
 
     def connected(self) -> Any:
         """Makes the call for the first time and puts it into the autograd graph."""
         since = graph.mark()
         inputs, self._tensors = self._tensors, []
         fresh = [graph.input_of(x, differentiated=x.requires_grad) for x in inputs]
-        with self._circumstances.captured(_CALL):
-            result = self._made(fresh)
+        result = self._circumstances.captured(_CALL, partial(self._made, fresh))
         self._circumstances.finish()
         flat, structure = pytree.tree_flatten(result)
         places = [k for k, x in enumerate(flat) if isinstance(x, Tensor)]

@@ -15,6 +15,7 @@ from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
 from gradsampler.engine.parallel import Parallel, arrived
+from gradsampler.engine.parts import Seen
 from gradsampler.engine.policy import EXACT, Policy
 from gradsampler.engine.program import (
     START,
@@ -34,6 +35,9 @@ from gradsampler.ops.backends import Backend
 from gradsampler.parameterization import Parameterization
 
 Evaluate = Callable[[Evaluation, Tensor, Tensor | None], Sequence[Tensor]]
+
+
+_FEW_LEVELS = 2**16  # what the model is told in all calls of a run, in elements
 
 
 class GradientWarning(UserWarning):
@@ -68,6 +72,7 @@ class Trajectory:
     start: Tensor | None = None  # [B, *state] of the state's dtype, where the program reads one
     policy: Policy = EXACT  # of the gradient
     learned: Sequence[Tensor] | None = None  # the coefficients, where autograd is to reach them
+    seen: Seen = field(default_factory=Seen)  # what the model calls are made of
 
     @property
     def numbers(self) -> Numbers:
@@ -125,6 +130,7 @@ class Trajectory:
             z0, evaluate: as for `forward`.
         """
         program, observer, scaled = self.program, self.observer, None
+        watched = observer.looks or observer.monitored
         for instruction, launch, dead in zip(
             program.instructions[start:stop],
             self.launches[start:stop],
@@ -135,11 +141,13 @@ class Trajectory:
                 slots[launch.writes], scaled = self._launched(launch, slots, z0)
             elif isinstance(instruction, Evaluation):
                 x = slots[instruction.state]
-                observer.evaluating(instruction)
+                if watched:
+                    observer.evaluating(instruction)
                 outputs = evaluate(instruction, x, scaled)
                 for slot, output in zip(instruction.writes, outputs, strict=True):
                     slots[slot] = output
-                observer.evaluated(instruction, x, outputs)
+                if watched:
+                    observer.evaluated(instruction, x, outputs)
                 del x, outputs, output  # the slots alone keep them, through the next model call
             for slot in dead:
                 del slots[slot]
@@ -157,6 +165,11 @@ class Trajectory:
         same = scale == 1.0 and self.model_dtype == self.state_dtype
         if same or not self._exact(tensors):
             scale = None
+        if launch.plain:
+            return self.backend.step(
+                tensors, launch.factors, out_dtype=self.state_dtype, model_scale=scale,
+                model_dtype=self.model_dtype,
+            )  # fmt: skip
         operands = self.operands(tensors, launch.factors, launch.injections, launch.amounts, z0)
         return self.backend.step(
             *operands,
@@ -284,7 +297,10 @@ class Trajectory:
                 for k, value in zip(positions, values, strict=True)
             }
         levels = torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype)[:, None]
-        return dict(zip(positions, levels.expand(-1, batch).unbind(), strict=True))
+        levels = levels.expand(-1, batch)
+        if levels.numel() <= _FEW_LEVELS:
+            levels = levels.contiguous()  # operations on few elements start faster
+        return dict(zip(positions, levels.unbind(), strict=True))
 
     def buffers(self) -> Iterator[Tensor]:
         """The buffers of the network's modules."""
@@ -295,11 +311,14 @@ class Trajectory:
         self, evaluation: Evaluation, x: Tensor, level: Tensor, cond: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         """Calls the model and checks what it returns."""
-        before = version(x)
-        branches = [slot.branch for slot in evaluation.writes]
+        before, told = version(x), version(level)
+        model = self.model.at(evaluation.step)
         try:
-            with self.parallel.call():
-                outputs = self.model.at(evaluation.step).chosen(x, level, cond, branches)
+            if self.parallel:
+                with self.parallel.call():
+                    outputs = model.chosen(x, level, cond, evaluation.branches)
+            else:
+                outputs = model.chosen(x, level, cond, evaluation.branches)
         except RuntimeError as error:
             weights.explain(error, self.model, x, level, cond)
             raise
@@ -310,10 +329,19 @@ class Trajectory:
                 "a change in place",
                 "give the denoiser x.clone()",
             )
-        outputs = tuple(map(arrived, outputs))
+        if version(level) != told:
+            self._levels.clear()  # the denoiser has changed its copy
         for output in outputs:
             if not _alike(output, x):
-                self._check_output(evaluation, output, x)
+                return self._checked(evaluation, outputs, x)
+        return outputs
+
+    def _checked(
+        self, evaluation: Evaluation, outputs: Sequence[Tensor], x: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = tuple(map(arrived, outputs))
+        for output in outputs:
+            self._check_output(evaluation, output, x)
         return outputs
 
     def _check_output(self, evaluation: Evaluation, output: object, x: Tensor) -> None:

@@ -18,7 +18,7 @@ _SUMMED = {*_checks.FLOATING, torch.complex64, torch.complex128}
 _META = re.compile(r"\bmeta\b")
 
 
-def check(model: Parameterization, *, saved: bool) -> None:
+def check(model: Parameterization, seen: parts.Seen, *, saved: bool) -> None:
     """Refuses weights without values, and, where autograd saves them, those it cannot save or sum.
 
     Weights on meta that a function hides may come and go, by the hooks of accelerate, or not be
@@ -31,7 +31,7 @@ def check(model: Parameterization, *, saved: bool) -> None:
                 _fail_meta(name)
     if not saved or not torch.is_grad_enabled():
         return
-    for name, x in _named(parts.reachable(model).modules):
+    for name, x in _named(seen.parts.modules):
         if not _tracked(x):
             _checks.fail(
                 f"denoiser: its weight {name}",

@@ -139,14 +139,19 @@ class Begun:
         instructions = trajectory.program.instructions
         first = trajectory.program.evaluations[0]
         self._next = instructions.index(first) + 1
-        self._circumstances = Circumstances(z0.device, trajectory.model, trajectory.cond)
+        self._circumstances = Circumstances(z0.device, trajectory.seen)
         self._slots = trajectory.given(z0)
         self._trajectory.execute(self._slots, 0, self._next - 1, z0, self._recording.evaluate)
         given = [*trajectory.given(z0).values(), *trajectory.cond.tensors]
         known = [*given, *self._recording.entries, *trajectory.buffers()]
         self._since = graph.mark()
-        with self._circumstances.captured(first), Saved(known) as saved:
-            self._trajectory.execute(self._slots, self._next - 1, self._next, z0, self._call)
+        with Saved(known) as saved:
+            self._circumstances.captured(
+                first,
+                lambda: self._trajectory.execute(
+                    self._slots, self._next - 1, self._next, z0, self._call
+                ),
+            )
         self.kept = saved.total  # bytes
         self._found = graph.reached(
             self._outputs, self._since, [self._input, *self._recording.entries]
@@ -244,7 +249,7 @@ class _Keeping(Adjoint):
             if k is None:  # backward passes over it
                 pass
             elif self._from is None or k < self._from or not self._asked():
-                self._states.save(k, x)
+                self._save(evaluation, x)
             elif self._levels:
                 self._calls[evaluation.state] = call
             else:  # only coefficients that are learned are multiplied by the state

@@ -223,6 +223,8 @@ class Pair:
 class _Reversing(Adjoint):
     """A run without states, whose backward undoes it."""
 
+    repeats_all = True
+
     def __init__(self, trajectory: Trajectory, pair: Pair, z0: Tensor) -> None:
         self._pair = pair
         self._evaluations = trajectory.program.evaluations

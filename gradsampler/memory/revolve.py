@@ -106,6 +106,8 @@ def _width(program: Program) -> int:
 class _Revolving(Adjoint):
     """A run that follows a schedule, and goes on with it when backward asks for its calls."""
 
+    repeats_all = True
+
     def __init__(
         self, trajectory: Trajectory, memory: Revolve, z0: Tensor, opening: Opening | None
     ) -> None:

@@ -52,6 +52,7 @@ class Recording:
             trajectory = replace(trajectory, backend=differentiable(trajectory.backend))
         self.trajectory = trajectory
         self.warned = False
+        self._way = graph.Way()
         observer, policy = trajectory.observer, trajectory.policy
         hooked = observer.checks or observer.monitored or not policy.exact
         self._hooks = Hooks(trajectory, z0) if hooked else None
@@ -80,9 +81,9 @@ class Recording:
         asked = model_input.requires_grad and not self.warned
         asked = asked and trajectory.policy.pulls(evaluation.step)
         since = graph.mark() if asked else 0
-        cond = trajectory.cond.filled([x.use() for x in self._cond])
+        cond = trajectory.cond.filled([x.use() for x in self._cond] if self._cond else ())
         outputs = trajectory.call(evaluation, model_input, level, cond)
-        if asked and not graph.reaches(outputs, model_input, since):
+        if asked and not self._way.leads(outputs, model_input, since):
             self.warned = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         return model_input, outputs

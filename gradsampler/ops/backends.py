@@ -61,9 +61,7 @@ class Backend:
         that the state is the same to the bit whoever asks.
         """
         if draw is None and self._few(terms, coefs, out_dtype):
-            x = terms[0] * coefs[0]
-            for k in range(1, len(terms)):
-                x.add_(terms[k], alpha=coefs[k])
+            x = _sum(terms, coefs)
             return x, None if model_scale is None else (model_scale * x).to(model_dtype or x.dtype)
         if model_scale is None:
             return self.step_fwd(terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype), None
@@ -73,6 +71,36 @@ class Backend:
         )  # fmt: skip
         return both
 
+    def adjoint(
+        self,
+        lams: Sequence[Tensor],
+        a: Sequence[float],
+        g: Tensor | None,
+        g_scale: float,
+        b: Sequence[float] | None,
+        z0: Tensor | None = None,
+        draw: Draw | None = None,
+        noise_coef: Any = 0.0,
+        dz0: Tensor | None = None,
+        *,
+        mu_dtype: torch.dtype | None = None,
+        lam_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`adjoint_step` as a run needs it; of few elements and without noise as `step`."""
+        terms, factors = (lams, a) if g is None else ([*lams, g], [*a, g_scale])
+        alike = mu_dtype in (None, lam_dtype) and (g is None or g.dtype == lam_dtype)
+        if draw is not None or not alike or not self._few(lams or terms, factors, lam_dtype):
+            result: tuple[Tensor, Tensor | None] = self.adjoint_step(
+                lams, a, g, g_scale, b, z0, draw, noise_coef, dz0, mu_dtype=mu_dtype,
+                lam_dtype=lam_dtype,
+            )  # fmt: skip
+            return result
+        lam = _sum(terms, factors)
+        if b is None:
+            return lam, None
+        there = [k for k, c in enumerate(b[:-1]) if c]  # most read the new one alone
+        return lam, _sum([lam, *(lams[k] for k in there)], [b[-1], *(b[k] for k in there)])
+
     def _few(self, terms: Sequence[Tensor], coefs: Sequence[Any], out_dtype: torch.dtype) -> bool:
         if not terms or terms[0].numel() > self.torch_up_to or type(coefs[0]) is not float:
             return False
@@ -80,6 +108,15 @@ class Backend:
             if x.dtype != out_dtype or not x.is_contiguous():
                 return False
         return out_dtype in (torch.float32, torch.float64)
+
+
+def _sum(terms: Sequence[Tensor], coefs: Sequence[float]) -> Tensor:
+    if len(terms) == 2 and coefs[1] == 1.0 and terms[1].is_contiguous():
+        return torch.add(terms[1], terms[0], alpha=coefs[0])
+    x = terms[0] * coefs[0]
+    for k in range(1, len(terms)):
+        x.add_(terms[k], alpha=coefs[k])
+    return x
 
 
 _FEW = 2**14  # from there on the time of either way is that of the elements

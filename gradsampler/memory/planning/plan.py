@@ -153,9 +153,9 @@ def plan(
         >>> z0, levels = torch.zeros(4, 4096), gs.schedules.karras(50)
         >>> plan = gs.memory.plan(lambda x, sigma: x.tanh().cos(), z0, levels, budget="1MB")
         >>> [row.name for row in plan], [row.evaluations for row in plan]
-        (['store', 'checkpoint', 'revolve:4'], [1.0, 2.0, 3.88])
+        (['store', 'checkpoint', 'revolve:3'], [1.0, 2.0, 4.6])
         >>> plan.best
-        Revolve(slots=4, further=0, to='cpu')
+        Revolve(slots=3, further=0, to='cpu')
     """
     z0 = _checks.batched("z0", z0).detach()
     if after is not None and not callable(after):
