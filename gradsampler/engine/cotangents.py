@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backward of a run between its model calls: cotangents by slot, and what they add up to."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsampler import _checks
-from gradsampler.contract import GIVEN, Draw
+from gradsampler.contract import GIVEN, SIGNED_ROLL, Draw
+from gradsampler.engine.ownership import large, written_over
 from gradsampler.engine.policy import Policy
 from gradsampler.engine.program import (
     START,
@@ -128,7 +129,9 @@ class Cotangents:
         self._rest = iter(zip(*parts, strict=True))
         self._pullback: Pullback | None = None
         self._ended = False
-        self._dead: set[Slot] = set()
+        self._dead: Set[Slot] = set()
+        self._reuses = trajectory.backend.writes and large(z0)
+        self._spare: list[Tensor] = []  # the last cotangent of an output that was pulled back
 
     @property
     def policy(self) -> Policy:
@@ -150,7 +153,7 @@ class Cotangents:
             if isinstance(instruction, Pullback):
                 self._pullback, self._dead = instruction, dead
                 return
-            self._carry(instruction, gathering)
+            self._carry(instruction, gathering, dead)
             self._drop(dead)
         self._ended = True
         self.gradients.add_z0(self._cot.get(Z0))
@@ -193,16 +196,20 @@ class Cotangents:
         outputs = [self._cot.get(slot) for slot in evaluation.writes]
         self._trajectory.observer.pulled(evaluation, outputs, self._cot.get(self._pullback.writes))
 
-    def _drop(self, dead: set[Slot]) -> None:
+    def _drop(self, dead: Set[Slot]) -> None:
         for slot in dead:
-            self._cot.pop(slot, None)
+            cotangent = self._cot.pop(slot, None)
+            if self._reuses and slot.kind == "d" and cotangent is not None:
+                self._spare = [cotangent]
 
-    def _carry(self, instruction: Instruction, gathering: Gathering | None) -> None:
+    def _carry(
+        self, instruction: Instruction, gathering: Gathering | None, dead: Set[Slot]
+    ) -> None:
         if isinstance(instruction, Stage):
             self._combine(instruction)
         elif isinstance(instruction, Descent):
             assert gathering is not None
-            self._descend(instruction, gathering)
+            self._descend(instruction, gathering, dead)
         elif isinstance(instruction, Absorption) and instruction.state in self._cot:
             self._absorb(instruction, self._cot[instruction.state])
 
@@ -221,7 +228,27 @@ class Cotangents:
                 lam = self.policy.passes(self._first[slot], lam)
         self._cot[slot] = lam
 
-    def _descend(self, descent: Descent, gathering: Gathering) -> None:
+    def _memory(
+        self, lams: Sequence[Slot], dead: Set[Slot], draw: Draw | None, mu_dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """What a descent may write over: a cotangent that dies in it, and one that has died."""
+        memory: dict[str, Tensor] = {}
+        spare, self._spare = self._spare, []
+        if not self._reuses:
+            return memory
+        if spare and mu_dtype is not None:
+            found = written_over(spare, 0)
+            if found is not None and (found.shape, found.dtype) == (self._z0.shape, mu_dtype):
+                memory["mu_out"] = found
+        if draw is None or draw.kind != SIGNED_ROLL:  # which reads of other places
+            for slot in lams:
+                found = written_over(self._cot, slot) if slot in dead else None
+                if found is not None and found.dtype == self._trajectory.state_dtype:
+                    memory["lam_out"] = found
+                    break
+        return memory
+
+    def _descend(self, descent: Descent, gathering: Gathering, dead: Set[Slot]) -> None:
         """The cotangents of a state and of an output of the evaluation before, in one launch."""
         cot, gradients = self._cot, self.gradients
         slot, output = descent.state.writes, descent.output
@@ -237,6 +264,8 @@ class Cotangents:
         if not lams and g is None:
             return
         draw = self._draw(absorption) if absorption and gradients.z0 is not None else None
+        mu_dtype = None if output is None else self._dtypes[output.writes]
+        memory = self._memory(lams, dead, draw, mu_dtype)
         cot[slot], mu = self._trajectory.backend.adjoint(
             [cot[s] for s in lams],
             a,
@@ -247,8 +276,9 @@ class Cotangents:
             draw,
             self._numbers[absorption.injection.coefficient] if absorption else 0.0,
             gradients.z0,
-            mu_dtype=None if output is None else self._dtypes[output.writes],
+            mu_dtype=mu_dtype,
             lam_dtype=self._trajectory.state_dtype,
+            **memory,
         )
         if mu is not None and output is not None and any(s in cot for s, _ in output.terms):
             cot[output.writes] = mu

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program around a denoiser."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -14,6 +14,7 @@ from gradsampler.contract import GIVEN, MAX_TERMS, Draw
 from gradsampler.engine import weights
 from gradsampler.engine.conditioning import Conditioning
 from gradsampler.engine.observer import Observer
+from gradsampler.engine.ownership import large, written_over
 from gradsampler.engine.parallel import Parallel, arrived
 from gradsampler.engine.parts import Seen
 from gradsampler.engine.policy import EXACT, Policy
@@ -131,6 +132,7 @@ class Trajectory:
         """
         program, observer, scaled = self.program, self.observer, None
         watched = observer.looks or observer.monitored
+        reuses = self.backend.writes and large(z0) and not torch.is_grad_enabled()
         for instruction, launch, dead in zip(
             program.instructions[start:stop],
             self.launches[start:stop],
@@ -138,7 +140,11 @@ class Trajectory:
             strict=True,
         ):
             if launch is not None:
-                slots[launch.writes], scaled = self._launched(launch, slots, z0)
+                memory: dict[str, Any] = {}
+                if reuses:
+                    spare, scaled = [scaled], None
+                    memory = self._memory(launch, slots, dead, spare)
+                slots[launch.writes], scaled = self._launched(launch, slots, z0, memory)
             elif isinstance(instruction, Evaluation):
                 x = slots[instruction.state]
                 if watched:
@@ -156,8 +162,32 @@ class Trajectory:
         """The same without callback, bar and checks, to run parts of it once more."""
         return replace(self, observer=Observer(self.program))
 
+    def _memory(
+        self,
+        launch: Launch,
+        slots: dict[Slot, Tensor],
+        dead: Set[Slot],
+        spare: Sequence[Tensor | None],
+    ) -> dict[str, Tensor]:
+        """What a stage may write over: a state that dies in it, and the model's last input."""
+        memory: dict[str, Tensor] = {}
+        for slot in launch.reads:
+            if slot.kind == "x" and slot in dead:
+                found = written_over(slots, slot)
+                if found is not None:
+                    memory["out"] = found
+                    break
+        found = written_over(spare, 0)
+        if found is not None and found.dtype == self.model_dtype:
+            memory["model_out"] = found
+        return memory
+
     def _launched(
-        self, launch: Launch, slots: dict[Slot, Tensor], z0: Tensor
+        self,
+        launch: Launch,
+        slots: dict[Slot, Tensor],
+        z0: Tensor,
+        memory: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
         """A state, and from the same launch the model's input if that differs from it."""
         tensors = [slots[slot] for slot in launch.reads]
@@ -168,7 +198,7 @@ class Trajectory:
         if launch.plain:
             return self.backend.step(
                 tensors, launch.factors, out_dtype=self.state_dtype, model_scale=scale,
-                model_dtype=self.model_dtype,
+                model_dtype=self.model_dtype, **memory,
             )  # fmt: skip
         operands = self.operands(tensors, launch.factors, launch.injections, launch.amounts, z0)
         return self.backend.step(
@@ -176,6 +206,7 @@ class Trajectory:
             out_dtype=self.state_dtype,
             model_scale=scale,
             model_dtype=self.model_dtype,
+            **memory,
         )
 
     def _exact(self, operands: Sequence[Tensor]) -> bool:

@@ -42,6 +42,11 @@ class Backend:
         found = {k: v for module in modules for k, v in vars(module).items()}
         return cls(name, *(found[field] for field in list(cls.__dataclass_fields__)[1:-1]))
 
+    @property
+    def writes(self) -> bool:
+        """Whether results can be written to memory that is given, and that terms may lie in."""
+        return self.name == "cpu"
+
     def step(
         self,
         terms: Sequence[Tensor],
@@ -53,21 +58,25 @@ class Backend:
         out_dtype: torch.dtype,
         model_scale: float | None = None,
         model_dtype: torch.dtype | None = None,
+        **memory: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`step_fwd` as a run needs it: the state, and the model's input where it is asked for.
 
         Of few elements and without noise by torch's own operations, in which autograd records it
         as well: they start in less time than a kernel. Which it is depends on the terms alone, so
-        that the state is the same to the bit whoever asks.
+        that the state is the same to the bit whoever asks. ``memory`` is what results are written
+        to, of a backend that `writes`.
         """
         if draw is None and self._few(terms, coefs, out_dtype):
             x = _sum(terms, coefs)
             return x, None if model_scale is None else (model_scale * x).to(model_dtype or x.dtype)
         if model_scale is None:
-            return self.step_fwd(terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype), None
+            memory.pop("model_out", None)
+            x = self.step_fwd(terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype, **memory)
+            return x, None
         both: tuple[Tensor, Tensor] = self.step_fwd(
             terms, coefs, z0, draw, noise_coef, out_dtype=out_dtype, model_scale=model_scale,
-            model_dtype=model_dtype,
+            model_dtype=model_dtype, **memory,
         )  # fmt: skip
         return both
 
@@ -85,6 +94,7 @@ class Backend:
         *,
         mu_dtype: torch.dtype | None = None,
         lam_dtype: torch.dtype,
+        **memory: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`adjoint_step` as a run needs it; of few elements and without noise as `step`."""
         terms, factors = (lams, a) if g is None else ([*lams, g], [*a, g_scale])
@@ -92,7 +102,7 @@ class Backend:
         if draw is not None or not alike or not self._few(lams or terms, factors, lam_dtype):
             result: tuple[Tensor, Tensor | None] = self.adjoint_step(
                 lams, a, g, g_scale, b, z0, draw, noise_coef, dz0, mu_dtype=mu_dtype,
-                lam_dtype=lam_dtype,
+                lam_dtype=lam_dtype, **memory,
             )  # fmt: skip
             return result
         lam = _sum(terms, factors)

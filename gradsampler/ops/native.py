@@ -85,6 +85,7 @@ def step_fwd(
     out_dtype: torch.dtype | None = None,
     model_scale: float | None = None,
     model_dtype: torch.dtype | None = None,
+    model_out: Tensor | None = None,  # for the model's input
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `reference.step_fwd`."""
     if not _serves(terms, noise_coef, out_dtype, model_dtype):
@@ -94,7 +95,9 @@ def step_fwd(
         )  # fmt: skip
     if out is None:
         out = _new(terms[0], out_dtype)
-    model = None if model_scale is None else _new(out, model_dtype)
+    model = None
+    if model_scale is not None:
+        model = _new(out, model_dtype) if model_out is None else model_out
     factors, tensor = _split(coefs, out)
     injected = _injected(draw, z0, noise_coef)
     _raw.step.default(
@@ -162,6 +165,8 @@ def adjoint_step(
     *,
     mu_dtype: torch.dtype | None = None,
     lam_dtype: torch.dtype | None = None,
+    lam_out: Tensor | None = None,  # may be one of lams where nothing is rolled
+    mu_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adjoint_step`."""
     inputs, weights = [*lams], [*a]
@@ -174,8 +179,10 @@ def adjoint_step(
             lam_dtype=lam_dtype,
         )  # fmt: skip
     dz0 = _pulled(draw, z0, dz0)[1]
-    lam = _new(inputs[0], lam_dtype)
-    mu = None if b is None else _new(inputs[0], mu_dtype or inputs[-1].dtype)
+    lam = _new(inputs[0], lam_dtype) if lam_out is None else lam_out
+    mu = None
+    if b is not None:
+        mu = _new(inputs[0], mu_dtype or inputs[-1].dtype) if mu_out is None else mu_out
     injected = _injected(draw if dz0 is not None else None, z0, noise_coef)
     _raw.adjoint_step.default(lam, mu, dz0, inputs, g is not None, weights, b or (), *injected)
     return lam, mu
