@@ -121,20 +121,20 @@ def plan(
 ) -> Plan:
     """Predicts what each memory strategy takes for a run and its backward.
 
-    It calls the denoiser once, at the first level, forward and backward, and takes all calls to be
-    like that one. Call it as the run will be called: under autocast, in train mode. Random state,
-    buffers and ``.grad`` stay as they are. Where the first call is slow for once (a kernel search,
-    a compilation), make one before, or the times are off; the bytes are not.
+    It calls the denoiser once, at the first level, forward and backward, and assumes that all calls
+    cost the same. Use the same circumstances as in the run: autocast, train mode. Random state,
+    buffers and ``.grad`` stay as they are. If the first call takes longer than others (a kernel
+    search, a compilation), make one before, or the times will be too large; bytes are right.
 
     Args:
         denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise: as for
             `gradsampler.sample`. A gradient to z0 is planned for.
-        start, final_denoise, cond, state_dtype, backend, modules: as for it, too.
-        after: from a sample [B, *state] to a scalar loss, such as
-            ``lambda x: loss(gs.decode(decoder, x))``: what it takes, forward and backward, counts
-            in all peaks. It is called once too.
-        gradient: as for it, too. The steps and calls that a policy leaves out cost less; ``factor``
-            is the time over that of store with the exact gradient.
+        start, final_denoise, cond, state_dtype, backend, modules: as for `gradsampler.sample`.
+        after: a function from a sample [B, *state] to a scalar loss, such as
+            ``lambda x: loss(gs.decode(decoder, x))``. It is called once too, and what it takes,
+            forward and backward, is included in all peaks.
+        gradient: as for `gradsampler.sample`. Steps and calls that a policy leaves out cost less;
+            ``factor`` is the time relative to store with the exact gradient.
         budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
             the device of z0.
 
