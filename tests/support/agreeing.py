@@ -5,6 +5,7 @@ What hung before ends by the process group's time-out.
 """
 
 import copy
+import datetime
 import warnings
 
 import pytest
@@ -237,6 +238,29 @@ def failed_backward_loses_nothing():
             assert net.require_backward_grad_sync
             assert net.require_forward_param_sync
         works_again(net)
+
+
+@case
+def a_rank_that_fails_alone_holds_the_others_no_longer_than_their_patience():
+    """The group's own time-out, of two seconds here; in the run, and in its backward."""
+    for call in (3, 8):
+        group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+        inner = network()
+        inner.register_buffer("calls", torch.zeros(()))
+        net, count = ddp(inner, process_group=group), []
+
+        def denoiser(x, sigma, net=net, count=count, call=call):
+            count.append(1)
+            if dist.get_rank() == 1 and len(count) == call:
+                raise KeyError("a failure of the user's")
+            return net(x, sigma)
+
+        error = KeyError if dist.get_rank() == 1 else RuntimeError
+        with pytest.raises(error):
+            gs.sample(
+                denoiser, z0(), SIGMAS, memory="checkpoint", check_finite=True
+            ).sum().backward()
+        dist.barrier()
 
 
 # ------------------------------------------------------------------ what is not served
