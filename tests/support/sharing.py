@@ -141,6 +141,8 @@ MEMORIES = [
     "auto",
     "truncated",
 ]
+# From z0 or from a start; but for "parameters" all is differentiated by that there is, levels and
+# conditioning included, and but for "frozen" the network too.
 TARGETS = ["all", "frozen", "start", "parameters"]
 # How the gradients are asked for: by one backward a step, by two whose sum counts (with the first
 # not reduced), by one through two runs, by autograd.grad, or for z0 alone.
@@ -202,12 +204,12 @@ class Data:
         seed = 100 * rank + 10 * iteration + turn
         wants = target != "parameters"
         self.z0 = normal(BATCH, SIZE, seed=seed).requires_grad_(wants)
-        self.sigmas = torch.tensor(LEVELS, dtype=F64, requires_grad=target in ("all", "frozen"))
+        self.sigmas = torch.tensor(LEVELS, dtype=F64, requires_grad=wants)
         self.start = None
         if target in ("start", "frozen"):
             self.start = (4 * normal(BATCH, SIZE, seed=seed + 1000)).requires_grad_()
         self.cond = {}
-        if target in ("all", "frozen"):
+        if wants:
             self.cond = {"shift": normal(BATCH, SIZE, seed=seed + 2000).requires_grad_()}
         self.goal = normal(BATCH, SIZE, seed=seed + 3000)
 
