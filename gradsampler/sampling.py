@@ -201,7 +201,7 @@ def integrate(
 ) -> Tensor:
     """Runs a program that `Solver.program` or a `solvers.Recorder` wrote down, differentiably.
 
-    So a loop of one's own, or a solver on levels that `sample` refuses, has every memory strategy.
+    With it your own loop, or a solver on levels that `sample` refuses, has every memory strategy.
 
     Args:
         program: what to run; it holds the levels and how the network's output is read.

@@ -42,8 +42,8 @@ class Call(NamedTuple):
     """A model call with its graph."""
 
     x: Tensor  # the state
-    scaled: Tensor  # the model's input, a leaf
-    level: Tensor  # a leaf
+    scaled: Tensor  # the model's input
+    level: Tensor
     outputs: tuple[Tensor, ...]
 
 
@@ -75,7 +75,9 @@ class Adjoint:
         self._start = [] if trajectory.start is None else [trajectory.start]
         self._numbers: Any = trajectory.numbers
         self._levels = trajectory.program.coefficients.requires_grad
-        self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
+        self._cond = [
+            graph.input_of(x, differentiated=x.requires_grad) for x in trajectory.cond.tensors
+        ]
         self._circumstances = (
             Circumstances(
                 z0.device,
@@ -86,12 +88,11 @@ class Adjoint:
             if opening is None
             else opening.circumstances
         )
-        self._known = {*map(id, self._cond)}
         self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
-        self._index = {e.state: k for k, e in enumerate(trajectory.program.evaluations)}
+        self._index = {e.state: k for k, e in enumerate(trajectory.recalled)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._retains = False  # whether what is pulled back may be pulled back once more
@@ -104,7 +105,8 @@ class Adjoint:
         """Runs forward; what backward needs is kept."""
 
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
-            self._states.save(self._index[evaluation.state], x)
+            if evaluation.state in self._index:
+                self._states.save(self._index[evaluation.state], x)
             return [output.detach() for output in self._first(evaluation, x, scaled).outputs]
 
         return self._trajectory.forward(self._z0, evaluate)
@@ -121,6 +123,16 @@ class Adjoint:
         owners = ((leaf, parallel.owner(leaf)) for leaf in self._leaves.values())
         return [leaf if owner is None else owner for leaf, owner in owners]
 
+    @property
+    def whole(self) -> bool:
+        """Whether gradients that nobody asks for are computed as well: wrappers' hooks wait for
+        those of their parameters, and a monitor compares all that there are.
+        """
+        monitor = self._trajectory.observer.monitor
+        return bool(self._trajectory.parallel) or (
+            monitor is not None and monitor.policy is not None
+        )
+
     def release(self) -> tuple[Tensor, list[Tensor]]:
         """Hands the output and the kept states over: what autograd owns is freed by it."""
         output, self._output = self._output, None
@@ -128,12 +140,12 @@ class Adjoint:
         return output, self._states.release()
 
     def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
-        """Calls the model; its input and its level are fresh leaves."""
+        """Calls the model; its input and its level have no graph before them."""
         scaled, level = self._trajectory.model_input(evaluation, x, scaled)
-        scaled = scaled.detach().requires_grad_()
+        scaled = graph.input_of(scaled)
         level = level.clone()  # a denoiser may change it
         if self._levels:
-            level.requires_grad_()
+            level = graph.input_of(level)
         cond = self._trajectory.cond.filled(self._cond)
         with torch.enable_grad():
             outputs = self._trajectory.call(evaluation, scaled, level, cond)
@@ -148,11 +160,13 @@ class Adjoint:
         since = graph.mark()
         with self._circumstances.captured(evaluation):
             call = self._call(evaluation, x, scaled)
-        found = graph.reached(call.outputs, since)
-        passes = found.leaves.pop(id(call.scaled), None) is not None
-        found.leaves.pop(id(call.level), None)
+        found = graph.reached(call.outputs, since, until=self._cond)
+        passes = found.leaves.pop(id(graph.leaf_of(call.scaled)), None) is not None
+        found.leaves.pop(id(graph.leaf_of(call.level)), None)
         self._take(evaluation, call.outputs, found)
-        seen = self._is_pulled(evaluation) and self._trajectory.policy.enters(evaluation.step)
+        seen = self._trajectory.is_pulled(evaluation) and self._trajectory.policy.enters(
+            evaluation.step
+        )
         if not passes and seen and not self._detached and self._asked():
             self._detached = True
             warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
@@ -167,7 +181,7 @@ class Adjoint:
         self._outer |= found.outer
         self._sketches[evaluation.state.call] = self._sketched(outputs)
         for key, leaf in found.leaves.items():
-            if key not in self._leaves and key not in self._known:
+            if key not in self._leaves:
                 self._leaves[key] = leaf
 
     def _again(self, evaluation: Evaluation) -> Call:
@@ -200,13 +214,6 @@ class Adjoint:
         if first < math.inf:
             raise failures.get(int(first)) or _another(int(first), " on another rank")
 
-    def _is_pulled(self, evaluation: Evaluation) -> bool:
-        """Whether backward differentiates the call."""
-        monitor = self._trajectory.observer.monitor
-        beside = None if monitor is None else monitor.policy
-        policies = [self._trajectory.policy, *([] if beside is None else [beside])]
-        return any(policy.pulls(evaluation.step) for policy in policies)
-
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
         trajectory = self._trajectory
@@ -214,30 +221,30 @@ class Adjoint:
         asked = self._wanted or self._levels or any(x.requires_grad for x in known)
         return asked or bool(self._leaves)
 
-    def pulled(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def pulled(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         """The gradients of the run; those that processes share are reduced. As `backward`."""
         parallel = self._trajectory.parallel
         if not parallel:
-            return self.backward(lam, kept, wants_z0)
+            return self.backward(lam, kept, wanted)
         with parallel.backward():
-            gradients = self.backward(lam, kept, wants_z0)
+            gradients = self.backward(lam, kept, wanted)
         parameters = self._parameters()
         first = len(self.inputs()) - len(parameters)
         positions = list(range(first, first + len(parameters)))
         gradients.add(positions, [parallel.reduced(each) for each in parameters])
         return gradients
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         """Runs the transposed program.
 
         Args:
             lam: [B, *state] cotangent of the output.
             kept: what `release` handed over.
-            wants_z0: whether z0 is differentiated by.
+            wanted: whether the gradients of z0, of the coefficients and of each of `inputs` are.
         """
         self._states.adopt(kept)
         try:
-            gradients = self._transposed(lam, wants_z0)
+            gradients = self._transposed(lam, wanted)
             self._trajectory.observer.settle()
             self._compare()
         finally:
@@ -245,19 +252,21 @@ class Adjoint:
             self._states.release()
         return gradients
 
-    def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
-        trajectory, z0 = self._trajectory, self._z0
-        numbers = trajectory.program.coefficients if self._levels else None
-        gradients = Gradients(z0 if wants_z0 else None, numbers)
-        taken, inner = [self._cotangents(trajectory, lam, gradients)], self._inner()
+    def _transposed(self, lam: Tensor, wanted: Sequence[bool]) -> Gradients:
+        trajectory = self._trajectory
+        z0 = self._z0 if wanted[0] else None
+        numbers = trajectory.program.coefficients if self._levels and wanted[1] else None
+        gradients = Gradients(z0, numbers)
+        taken = [self._cotangents(trajectory, lam, gradients)]
+        inner = {k: x for k, x in self._inner().items() if wanted[2 + k]}
         monitor = trajectory.observer.monitor
         if monitor is not None and monitor.policy is not None:
             observer = Observer(trajectory.program, monitor=monitor.aside())
             other = replace(trajectory, policy=monitor.policy, observer=observer)
-            cut = monitor.policy.cut(trajectory.program, trajectory.given(z0))
+            cut = monitor.policy.cut(trajectory.program, trajectory.given(self._z0))
             if cut is not None:
                 other = replace(other, program=cut.program, constants={})
-            taken.append(self._cotangents(other, lam, Gradients(z0 if wants_z0 else None, None)))
+            taken.append(self._cotangents(other, lam, Gradients(z0, None)))
         for evaluation in reversed(trajectory.program.evaluations):
             for each in taken:
                 each.advance()
@@ -297,7 +306,8 @@ class Adjoint:
 
     def _skip(self, evaluation: Evaluation) -> None:
         """Passes over a call that is not pulled back."""
-        self._states.load(self._index[evaluation.state])
+        if evaluation.state in self._index:
+            self._states.load(self._index[evaluation.state])
 
     def _differentiate(
         self,
@@ -383,7 +393,8 @@ class Connection(torch.autograd.Function):
             )
         _, _, *saved = ctx.saved_tensors
         inputs, kept = saved[: ctx.count - 1], saved[ctx.count - 1 :]
-        gradients = ctx.adjoint.pulled(lam, kept, ctx.needs_input_grad[1])
+        wanted = ctx.needs_input_grad[1:] if ctx.adjoint.whole else graph.wanted(ctx)
+        gradients = ctx.adjoint.pulled(lam, kept, wanted)
         sums = (gradients.tensors.get(k) for k in range(len(inputs)))
         rest = [g if g is None else g.to(x.dtype) for g, x in zip(sums, inputs, strict=True)]
         return None, gradients.z0, gradients.numbers(), *rest
