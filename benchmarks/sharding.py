@@ -92,6 +92,13 @@ def counted():
         FSDPParamGroup._to_unsharded, FSDPParamGroup._to_sharded = there, away
 
 
+def solver(memory):
+    """One that a strategy can run."""
+    if memory.startswith("truncated"):  # its last steps inject what carries a gradient to z0
+        return "euler_ancestral"
+    return "midpoint_reversible" if memory == "reversible" else "euler"
+
+
 def measure(memory, trained, reshard=None):
     """One run and its backward, counted."""
     torch.manual_seed(0)
@@ -102,13 +109,8 @@ def measure(memory, trained, reshard=None):
     fully_shard(network, mesh=mesh, reshard_after_forward=reshard)
     levels = gs.schedules.karras(CALLS, final="zero")
     z0 = torch.randn(2, 8).requires_grad_()
-    options = {"memory": memory}
-    if memory.startswith("truncated"):  # its last steps inject what carries a gradient to z0
-        options["solver"] = "euler_ancestral"
-    elif memory == "reversible":
-        options["solver"] = "midpoint_reversible"
     with counted() as count:
-        x = gs.sample(network, z0, levels, **options)
+        x = gs.sample(network, z0, levels, memory=memory, solver=solver(memory))
         forward = dict(count)
         x.square().sum().backward()
     count["all-gathers forward"] = forward["all-gathers"]
@@ -127,7 +129,7 @@ def measure_copies(memory):
     network.register_comm_hook(None, reduces)
     levels = gs.schedules.karras(CALLS, final="zero")
     z0 = torch.randn(2, 8).requires_grad_()
-    gs.sample(network, z0, levels, memory=memory).square().sum().backward()
+    gs.sample(network, z0, levels, memory=memory, solver=solver(memory)).square().sum().backward()
     return count
 
 
