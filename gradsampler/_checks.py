@@ -70,15 +70,16 @@ def floating(argument: str, x: object) -> Tensor:
         fail(argument, "have a floating-point dtype", str(x.dtype))
     if x.dtype not in FLOATING:
         fail(argument, "have a dtype of 16 bits or more", str(x.dtype), "call .to(torch.bfloat16)")
-    if _distributed(x):
-        hint = "give its to_local(); gradsampler.noise.Sharded.of has the step noise of a shard"
+    if distributed(x):
+        hint = "give its to_local(), or its full_tensor()"
         fail(argument, "be a plain tensor", "a DTensor", hint)
     if x.layout != torch.strided:
         fail(argument, "be dense", str(x.layout), "call .to_dense()")
     return x
 
 
-def _distributed(x: Tensor) -> bool:
+def distributed(x: object) -> bool:
+    """Whether ``x`` is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # heavy, and loaded by who makes one
     return module is not None and isinstance(x, module.DTensor)
 

@@ -191,6 +191,6 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
         warnings.warn(
             f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
             "window that covers levels of the run, or take a stochastic solver with eta > 0",
-            stacklevel=7,
+            stacklevel=_checks.callers(),
         )
     return noise.prepare(z0, injected)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsampler import _checks
 from gradsampler.contract import GIVEN, Draw
 from gradsampler.engine.policy import Policy
 from gradsampler.engine.program import (
@@ -77,6 +78,8 @@ class Gradients:
             known = self.tensors.get(k)
             if known is None:
                 self.tensors[k] = gradient
+            elif k in self._own and _checks.distributed(known):  # of which no list is made
+                known.add_(gradient)
             elif k in self._own:
                 sums.append(known)
                 fresh.append(gradient)

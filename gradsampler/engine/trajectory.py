@@ -37,7 +37,7 @@ Evaluate = Callable[[Evaluation, Tensor, Tensor | None], Sequence[Tensor]]
 
 
 class GradientWarning(UserWarning):
-    """Autograd sees no path from the denoiser's input at ``step`` to its output."""
+    """No gradient passes through the denoiser at ``step``: it detaches or runs under no_grad."""
 
     def __init__(self, step: int) -> None:
         super().__init__(

@@ -31,24 +31,25 @@ _STATES = 0.5  # of what is free that states or snapshots may take
 
 @dataclass(frozen=True)
 class Auto(Memory):
-    """`Reversible` for a run that can be undone, else `Checkpoint`, and beside it the activations
-    of as many calls as fit into what is free.
+    """`Reversible` for a run that can be undone, else `Checkpoint`, which also stores the
+    activations of as many calls as fit in memory.
 
-    The first call of the run shows how much autograd keeps of one, which may be nothing. Where all
-    N fit, it is a run of `Store`. Else the last k calls are kept whole, as many as fit, and the
-    N - k before them, of which the states are kept, are made again in backward: the time of
-    `Checkpoint` where none fits. The last and not the first, since backward needs these first: they
-    are gone when it comes to the calls that are made again, so the peak is k calls and not k + 1.
+    The first call of the run shows how much autograd keeps for a call, which may be nothing. If all
+    N calls fit, the run goes on as with `Store`. Otherwise the activations of the last k calls are
+    stored, as many as fit. The N - k calls before them are recomputed in backward from their
+    states; if none fits, that takes the time of `Checkpoint`. The last calls are stored because
+    backward needs them first, and has freed them when it recomputes others: the peak is k calls,
+    not k + 1.
 
-    Where the states alone would take half of what is free, they go to the host, as with
-    `Offload`; where that has no room either, or is the device of the run, it is `Revolve` with as
-    many slots as fit.
+    If the states alone would take half of the free memory, they go to the host, as with `Offload`.
+    If the host has no room either, or is the device of the run, it is `Revolve` with as many slots
+    as fit.
 
-    A gradient of the gradient needs `Store`.
+    Second derivatives need `Store`.
 
     Args:
-        after: what follows the run and needs room beside it: from a sample [B, *state] to a scalar
-            loss, as for `plan`, called once for each shape; or its bytes, an int or "2GiB".
+        after: what follows the run and needs memory too: a function from a sample [B, *state] to a
+            scalar loss, as for `plan`, called once for each shape; or its bytes, an int or "2GiB".
 
     Raises:
         ValueError, TypeError: naming what does not fit, at the start of the run where ``after`` is

@@ -30,7 +30,7 @@ _TIE = 1.02  # times that are no farther apart count as the same
 
 @dataclass(frozen=True)
 class Plan:
-    """The strategies with what they take; printed it is a table, iterated over it is its rows."""
+    """What each strategy takes. Printing it shows a table; iterating gives its rows."""
 
     rows: tuple[Row, ...]
     budget: int  # bytes
