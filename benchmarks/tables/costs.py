@@ -132,7 +132,6 @@ PIPELINES = (
     "the pipeline, enable_gradient_checkpointing",
     "checkpoint, decode blocks",
     "revolve:2, decode blocks",
-    "checkpoint, decode halo",
 )
 DECODERS = ("store", "blocks", "halo", "tiles")
 
