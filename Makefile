@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-all coverage lint docs serve-docs notebook tables bench bench-reversible bench-cpu bench-memory \
-	bench-pipelines bench-gradients bench-peers bench-noise bench-guides plots pictures sanitize dist test-dist test-oldest compile-variants install-gpu test-gpu-first \
+	bench-pipelines bench-gradients bench-peers bench-noise bench-guides bench-scaling \
+	plots pictures sanitize dist test-dist test-oldest compile-variants install-gpu test-gpu-first \
 	test-gpu bench-gpu clean
 
 demo: $(VENV)/.installed
@@ -86,6 +87,9 @@ bench-noise: $(VENV)/.tested
 bench-guides: $(VENV)/.tested
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/purifier.py --cores "$(CORES)"
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/inverse_problems.py --cores "$(CORES)"
+
+bench-scaling: $(VENV)/.tested
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/scaling.py --cores "$(CORES)"
 
 # Pictures of docs/: of rows alone, and those that the guides' scripts draw.
 plots: $(VENV)/.tested

@@ -138,7 +138,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "store, decode store": ours("store", "store"),
     "checkpoint, decode blocks": ours("checkpoint", "blocks"),
     "revolve:2, decode blocks": ours("revolve:2", "blocks"),
-    "revolve:2, decode halo": ours("revolve:2", "halo"),
+    "checkpoint, decode halo": ours("checkpoint", "halo"),
 }
 
 

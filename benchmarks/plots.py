@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import rows
+from tables.scaling import growths
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -96,6 +97,31 @@ def memory() -> Any:
     axis.set(xscale="log", yscale="log", xlabel="steps N", ylabel="peak of live tensors, MiB")
     axis.set_xticks([16, 64, 256, 1024], ["16", "64", "256", "1024"])
     axis.legend(fontsize=7.5)
+    return figure
+
+
+def scaling() -> Any:
+    """Time and memory against the steps, the batch and the state."""
+    table = growths()
+    figure, axes = plt.subplots(2, 3, figsize=(8.2, 4.6), sharex="col", sharey="row")
+    names = {"steps": "steps N", "batch": "batch B", "state": "elements of a sample"}
+    ways = list(dict.fromkeys(line[0] for line in table))
+    for column, (axis, label) in zip(axes.T, names.items(), strict=True):
+        for way, colour in zip(ways, (OTHERS, *COLOURS), strict=False):
+            points = [line for line in table if line[:2] == (way, axis)]
+            style = {"ls": "--" if way == "autograd" else "-", "color": colour, "label": way}
+            x, times, peaks = zip(*((r[2], r[3], r[4] / 2**20) for r in points), strict=True)
+            column[0].plot(x, times, marker="o", ms=2.5, lw=1.1, **style)
+            column[1].plot(x, peaks, marker="o", ms=2.5, lw=1.1, **style)
+        column[1].set(xscale="log", xlabel=label)
+        column[1].set_xticks(x, [f"{value:g}" for value in x])
+        column[1].xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        for each in column:
+            each.set_yscale("log")
+    axes[0][0].set_ylabel("seconds a gradient")
+    axes[1][0].set_ylabel("peak of live tensors, MiB")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
@@ -217,6 +243,7 @@ def noise_gradients() -> Any:
 FIGURES: dict[str, Callable[[], Any]] = {
     "peers": peers,
     "memory": memory,
+    "scaling": scaling,
     "purifier": purifier,
     "noise-samples": noise_samples,
     "noise-gradients": noise_gradients,

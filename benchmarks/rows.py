@@ -3,10 +3,12 @@
 
 import csv
 import datetime
+import json
 import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,19 +79,30 @@ def append(rows: list[dict[str, str]], folder: Path = RESULTS) -> Path:
     return path
 
 
-def latest(op: str, folder: Path = RESULTS) -> dict[tuple[str, str, str], dict[str, str]]:
-    """The latest row of each variant, shape and metric of an op, from the files of all devices.
+def latest(
+    op: str, folder: Path | None = None, dtype: str | None = None
+) -> dict[tuple[str, str, str], dict[str, str]]:
+    """The latest row of each variant, shape and metric of an op, of one dtype or of any, from the
+    files of all devices.
 
     What a shape says of the cores, "..., quiet cores" or "..., cores shared", is left out.
     """
     found = {}
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted((folder or RESULTS).glob("*.csv")):
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
-                if line["op"] == op:
+                if line["op"] == op and dtype in (None, line["dtype"] or "float32"):
                     shape = re.sub(r", (quiet cores|cores shared)$", "", line["shape"])
                     found[line["variant"], shape, line["metric"]] = line
     return found
+
+
+def kernels(folder: Path = RESULTS) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """What is known of each compiled kernel, by its name, architecture, noise and dtype."""
+    lines = map(json.loads, (folder / "kernel_budget.jsonl").read_text().splitlines())
+    return {
+        tuple(each[key] for key in ("kernel", "arch", "noise", "dtype")): each for each in lines
+    }
 
 
 def _device() -> str:

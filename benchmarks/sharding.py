@@ -22,7 +22,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 import gradsampler as gs
 
 CALLS, BLOCKS, WIDTH = 8, 3, 64
-MEMORIES = ["store", "checkpoint", "auto", "revolve:3", "truncated:4"]
+MEMORIES = ["store", "checkpoint", "auto", "revolve:3", "reversible", "truncated:4"]
 
 
 class Network(nn.Module):
@@ -101,6 +101,8 @@ def measure(memory, trained, reshard=None):
     options = {"memory": memory}
     if memory.startswith("truncated"):  # its last steps inject what carries a gradient to z0
         options["solver"] = "euler_ancestral"
+    elif memory == "reversible":
+        options["solver"] = "midpoint_reversible"
     with counted() as count:
         x = gs.sample(network, z0, levels, **options)
         forward = dict(count)

@@ -70,15 +70,16 @@ def floating(argument: str, x: object) -> Tensor:
         fail(argument, "have a floating-point dtype", str(x.dtype))
     if x.dtype not in FLOATING:
         fail(argument, "have a dtype of 16 bits or more", str(x.dtype), "call .to(torch.bfloat16)")
-    if _distributed(x):
-        hint = "give its to_local(); gradsampler.noise.Sharded.of has the step noise of a shard"
+    if distributed(x):
+        hint = "give its to_local(), or its full_tensor()"
         fail(argument, "be a plain tensor", "a DTensor", hint)
     if x.layout != torch.strided:
         fail(argument, "be dense", str(x.layout), "call .to_dense()")
     return x
 
 
-def _distributed(x: Tensor) -> bool:
+def distributed(x: object) -> bool:
+    """Whether ``x`` is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # heavy, and loaded by who makes one
     return module is not None and isinstance(x, module.DTensor)
 
@@ -150,6 +151,16 @@ def integer(argument: str, x: object, least: int) -> int:
     return int(x)
 
 
+def unmapped(argument: str, x: Tensor, hint: str = "make a run of each") -> Tensor:
+    """Returns numbers of a run if they are not those of several runs, by vmap."""
+    functorch, inner = torch._C._functorch, x
+    while functorch.is_functorch_wrapped_tensor(inner):
+        if functorch.is_batchedtensor(inner):
+            fail(argument, "be the same for all that vmap maps over", "a tensor that it maps", hint)
+        inner = functorch.get_unwrapped(inner)
+    return x
+
+
 def finite(argument: str, x: object, least: float | None = None) -> float:
     """Returns ``x`` as a float if it is a finite real number of at least ``least``."""
     if type(x) is float and math.isfinite(x) and least is None:
@@ -172,6 +183,6 @@ def coefficient(argument: str, x: object, least: float | None = None) -> float |
     """
     if not isinstance(x, Tensor):
         return finite(argument, x, least)
-    shape(argument, floating(argument, x), ())
+    shape(argument, floating(argument, unmapped(argument, x)), ())
     finite(argument, x.item(), least)
     return x.to("cpu", torch.float64)

@@ -145,7 +145,8 @@ def checked_levels(
     if sigmas.is_meta or sigmas.is_complex() or sigmas.dtype == torch.bool:
         got = f"{sigmas.dtype} on {sigmas.device}"
         _checks.fail("sigmas", "be real numbers with values", got)
-    levels = sigmas.to("cpu", torch.float64)
+    hint = "give sigmas [N+1, B], a schedule for each sample, or make a run of each"
+    levels = _checks.unmapped("sigmas", sigmas, hint).to("cpu", torch.float64)
     if levels.ndim not in (1, 2) or len(levels) < 2 or levels.numel() == 0:
         expected = "have shape [N+1] with N >= 1 steps, or [N+1, B]"
         _checks.fail("sigmas", expected, list(levels.shape))
@@ -192,6 +193,6 @@ def _noise(noise: NoiseSource | None, program: Program, z0: Tensor) -> NoiseSour
         warnings.warn(
             f"noise={type(noise).__name__} is inert: this run injects nothing; set churn with a "
             "window that covers levels of the run, or take a stochastic solver with eta > 0",
-            stacklevel=7,
+            stacklevel=_checks.callers(),
         )
     return noise.prepare(z0, injected)

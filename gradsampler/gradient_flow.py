@@ -72,10 +72,10 @@ def check(
     """Follows the gradient of a loss through a run, and compares it with central differences.
 
     The directional derivative of the loss along a random direction of z0, and that of each model
-    call along a random direction of its input, is taken twice: by autograd, and as a difference
-    quotient whose step is the one of the least error (`differences`). Their disagreement, beyond
-    what the rounding of the denoiser explains, is a wrong backward of the denoiser, and the calls
-    say at which steps. A direction takes about as long as 40 runs.
+    call along a random direction of its input, is computed twice: by autograd, and as a difference
+    quotient with the step of least error (`differences`). If they differ by more than the
+    denoiser's rounding explains, the backward of the denoiser is wrong, and the report says at
+    which steps. A direction takes about as long as 40 runs.
 
     Args:
         denoiser, sigmas, sample_kwargs: as for `sample`; ``check_finite`` is on by default.
@@ -83,13 +83,13 @@ def check(
         loss: from the sample [B, *state] to a scalar tensor; by default the mean squared
             difference from ones.
         directions: random directions; 0 compares nothing.
-        also: "cond" and "parameters" to have these derivatives compared too; the parameters are
-            those that require grad, wherever the denoiser has them from.
+        also: "cond" and "parameters" to compare these derivatives too; the parameters are all
+            that the denoiser uses and that require grad.
         seed: of the directions.
         lr: learning rate of the update whose size is reported, one step of Adam up the loss.
 
     Returns:
-        The report. That a link is broken is a finding, not an exception.
+        The report. A broken link is reported, and does not raise an exception.
 
     Raises:
         TypeError, ValueError: an argument does not fit.

@@ -31,21 +31,21 @@ def health(
     picture: str | os.PathLike[str] | None = None,
     **sample_kwargs: Any,
 ) -> Monitor:
-    """Runs a sampler and the backward of a loss, and tells how the gradient fared, step by step.
+    """Runs a sampler and the backward of a loss, and measures the gradient at each step.
 
-    Printed, the result is a table: the norm of the cotangent ``lam`` of the state at each model
-    call, of its shares by the state itself, by the network and by injected noise, the gain of the
-    denoiser's Jacobian along it, and what was the first not to be finite. No model call is made
-    beside those of the run and of its backward.
+    Printing the result shows a table with a line for each model call: the norm of the gradient
+    ``lam`` with respect to the state, its parts through the state itself, through the network and
+    through injected noise, and the gain of the denoiser's Jacobian along it. It also names the
+    first value that is not finite. There are no model calls but those of the run and its backward.
 
     Args:
         denoiser, sigmas, sample_kwargs: as for `sample`; with a ``memory`` other than "store" where
             ``gradient`` is given.
         z0: [B, *state] start; it stays as it is.
         loss: from the sample [B, *state] to a scalar tensor.
-        gradient: a policy of `gradsampler.policies`, or a list of them, whose gradient is taken
-            beside the exact one in the same model calls, and compared with it: step by step and as
-            it arrives at z0, cond, parameters and start.
+        gradient: a policy of `gradsampler.policies`, or a list of them. Its gradient is computed as
+            well, in the same model calls, and compared with the exact one: at each step, and at z0,
+            cond, parameters and start.
         picture: a file for `draw`.
 
     Returns:

@@ -30,25 +30,26 @@ Scale = Coefficient | tuple[Coefficient, ...]  # one, or one a step
 
 
 class Guided(Parameterization):
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6), linear as well.
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, eq. 6).
 
-    ``D = D(x; unconditional) + scale * (D(x; cond) - D(x; unconditional))``: two network calls an
-    evaluation, two output slots, and the scale in the coefficients. With several conditions it is
+    ``D = D(x; unconditional) + scale * (D(x; cond) - D(x; unconditional))``. This is linear in the
+    predictions, so the scale becomes a coefficient of the run. With several conditions it is
     ``D(x; unconditional) + sum_k scale[k] * (D(x; cond, conditions[k]) - D(x; unconditional))``
-    (Liu et al. 2022, arXiv 2206.01714, eq. 11). A branch without weight is not called: with a scale
-    of 1, and outside of the interval, there is one call.
+    (Liu et al. 2022, arXiv 2206.01714, eq. 11). A prediction with weight 0 is not computed: with a
+    scale of 1, and outside of the interval, there is one network call.
 
-    What is not linear in the predictions (rescaling, APG, CFG-Zero*) has its place within the
-    network, as docs/guidance.md shows.
+    Guidance that is not linear in the predictions (rescaling, APG, CFG-Zero*) is written as part of
+    the network; docs/guidance.md shows how.
 
     Args:
         denoiser: a `Parameterization`, or a callable whose ``prediction`` the run is told.
         scale: guidance weight; 1 is the plain conditional model. A number, a 0-d tensor, or [N],
-            one a step; with ``conditions`` a list of such. Floating tensors receive their gradient.
-        unconditional: what replaces the entries of ``cond`` in the unconditional call: the empty
-            prompt's, or a negative one's.
-        batched: one network call on 2B samples in place of two on B. What differs between the
-            branches must be tensors [B, ...] then, or [1, ...].
+            one for each step; with ``conditions`` a list of these. Floating tensors receive their
+            gradient.
+        unconditional: entries that replace those of ``cond`` in the unconditional call: of the
+            empty prompt, or of a negative one.
+        batched: one network call on 2B samples in place of two on B. Entries that differ between
+            the two predictions must then be tensors [B, ...] or [1, ...].
         interval: (low, high), the levels at which there is guidance (Kynkäänniemi et al. 2024,
             arXiv 2404.07724); at others the model is the conditional one, or the mean of several,
             each with its share of the sum of the scales.
@@ -227,7 +228,7 @@ def _scale(name: str, scale: object) -> Scale:
         return tuple(_checks.finite(f"{name}[{k}]", c) for k, c in enumerate(scale))
     if not isinstance(scale, Tensor):
         return _checks.finite(name, scale)
-    if _checks.floating(name, scale).ndim > 1:
+    if _checks.floating(name, _checks.unmapped(name, scale)).ndim > 1:
         _checks.fail(name, "have shape [] or [N], one a step", list(scale.shape))
     scale = scale.to("cpu", torch.float64)
     if scale.ndim == 0:

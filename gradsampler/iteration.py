@@ -120,19 +120,19 @@ def iterate(
 ) -> Any:
     """Applies ``state = step(state, i)`` for i = 0 .. num_steps - 1, differentiably.
 
-    For methods that are no `Solver`, since they are not affine in what the network predicts: ones
-    that clamp, that learn a variance, that keep a history of their own, or that take video and
-    audio in turns. Gradients reach the floating tensors of the state, those in ``cond``, and the
-    parameters and other leaves that the step uses. Backward may call the step again, in any order
-    of i: what it computes must depend on its arguments and on torch's random generators alone.
+    For methods that cannot be a `Solver`, because a step is not affine in the network's prediction:
+    those that clamp, learn a variance, keep a history of their own, or alternate between video and
+    audio. Gradients reach the floating tensors of the state, those in ``cond``, and the parameters
+    and other leaves that the step uses. Backward may call the step again, in any order of i: its
+    result must depend only on its arguments and on torch's random generators.
 
     Args:
         step: callable (state, i, **cond) -> state, i a Python int.
         state: a tensor [B, *state] of a floating dtype; or a pytree (nested lists, tuples, dicts,
             and what is registered with torch.utils._pytree) that holds floating tensors of any
-            shape on one device. Tensors of integers and other leaves go along without a gradient.
-            A step may return another structure, as a history that grows. Between steps floating
-            tensors are float32 at least.
+            shape on one device. Tensors of integers and other leaves are passed on without a
+            gradient. A step may return another structure, such as a history that grows. Between
+            steps, floating tensors are float32 at least.
         num_steps: at least 1.
         memory: a name of `memory.names()`, or a `gradsampler.memory` object.
         gradient: as for `sample`; a step map has no share of the state around it, so that
@@ -141,8 +141,8 @@ def iterate(
         callback: called after each step with a `StepInfo`, whose ``sigma`` is i, ``x`` the state
             before the step and ``denoised`` the state after it.
         progress: shows a bar.
-        check_finite: raises where a state or a gradient is not finite (reads back at each call).
-        monitor: a `Monitor`, which sees the gradient pass.
+        check_finite: raises if a state or a gradient is not finite (reads back at each call).
+        monitor: a `Monitor`, which records the gradient.
         modules: the nn.Modules that the step calls, so that their buffers and generators are known.
 
     Returns:

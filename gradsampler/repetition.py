@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ReplayError(RuntimeError):
-    """What was computed again came out otherwise, so that a gradient would be wrong."""
+    """A recomputed call returned something else than the first time: a gradient would be wrong."""
 
 
 class Generator(Protocol):

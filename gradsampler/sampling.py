@@ -65,7 +65,9 @@ def sample(
         denoiser: callable (x [B, *state], sigma [B], **cond) -> prediction of x's shape; or a
             network wrapped in `EDM`, `VP`, `Flow` or `Guided`.
         z0: [B, *state] standard normal of a floating dtype; the state starts at sigmas[0] * z0, and
-            the injected noise is made of it.
+            the injected noise is made of it. Or a DTensor, cut along the batch or along the state:
+            then the denoiser gets DTensors, ``start`` and the tensors in ``cond`` are such, the
+            noise is that of the whole by global index, and so is each gradient.
         sigmas: [N+1] noise levels, N >= 1, or [N+1, B] those of each sample; positive but for a
             last one of 0, and decreasing for solvers that are `monotone`. With
             ``prediction="flow"`` flow times of at most 1. The first may be infinite for `VP` and
@@ -106,7 +108,7 @@ def sample(
             for "reversible" and "truncated". Numbers are those of a compiled denoiser: to rounding.
 
     Returns:
-        [B, *state] of z0's dtype.
+        [B, *state] of z0's dtype, a DTensor laid out as z0 where that is one.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any model call.
@@ -124,9 +126,13 @@ def sample(
         >>> x.shape, torch.autograd.grad(x.sum(), z0)[0].isfinite().all().item()
         (torch.Size([2, 3]), True)
     """
-    z0 = _checks.batched("z0", z0)
+    spread = _checks.distributed(z0)
+    z0 = z0 if spread else _checks.batched("z0", z0)
     method = solvers.resolve(solver, eta, s_noise)
     if isinstance(method, Adaptive):
+        if spread:
+            hint = "give the levels that a run of plain tensors has chosen"
+            _checks.fail("z0", "be a plain tensor where levels are chosen", "a DTensor", hint)
         if not memories.resolve(memory).any_program:
             way_out = "take solver='midpoint_reversible'"
             got = f"{memory!r} with {type(method).__name__}"
@@ -195,7 +201,7 @@ def integrate(
 ) -> Tensor:
     """Runs a program that `Solver.program` or a `solvers.Recorder` wrote down, differentiably.
 
-    So a loop of one's own, or a solver on levels that `sample` refuses, has every memory strategy.
+    With it your own loop, or a solver on levels that `sample` refuses, has every memory strategy.
 
     Args:
         program: what to run; it holds the levels and how the network's output is read.
@@ -223,15 +229,33 @@ def integrate(
         >>> (gs.sample(denoiser, noise, up.flip(0), solver="heun") - data).abs().max() < 1e-3
         tensor(True)
     """
-    z0 = _checks.batched("z0", z0)
-    _checks.valued("z0", z0)
     if not isinstance(program, Program):
         _checks.fail_type("program", "be recorded by a Solver or a Recorder", program)
     model = parameterize(denoiser, "x0").naming(modules)
-    start = arguments.checked_start(start, z0, program)
-    z0, start = _checks.savable(z0), None if start is None else _checks.savable(start)
     if callback is not None and not callable(callback):
         _checks.fail_type("callback", "be callable as callback(info), or None", callback)
+    if _checks.distributed(z0):
+        return _spread(
+            program,
+            model,
+            z0,
+            start=start,
+            noise=noise,
+            memory=memory,
+            gradient=gradient,
+            cond=cond,
+            callback=callback,
+            progress=progress,
+            state_dtype=state_dtype,
+            backend=backend,
+            check_finite=check_finite,
+            monitor=monitor,
+            compile=compile,
+        )
+    z0 = _checks.batched("z0", z0)
+    _checks.valued("z0", z0)
+    start = arguments.checked_start(start, z0, program)
+    z0, start = _checks.savable(z0), None if start is None else _checks.savable(start)
     strategy, policy = memories.resolve(memory), policies.resolve(gradient)
     _check_watched(strategy, policy, monitor)
     trajectory = arguments.trajectory(
@@ -277,6 +301,41 @@ def integrate(
     if energy is not None:
         energy.judge()
     return x.to(z0.dtype)
+
+
+def _spread(
+    program: Program,
+    model: Parameterization,
+    z0: Any,
+    *,
+    start: Tensor | None,
+    noise: NoiseSource | None,
+    gradient: Gradient,
+    callback: Callable[[StepInfo], object] | None,
+    monitor: Monitor | None,
+    **options: Any,
+) -> Tensor:
+    """`integrate` from a DTensor, which each rank does for its part."""
+    from gradsampler.distributed.mesh import Layout, Placed  # loaded where there are DTensors
+
+    layout = Layout.of(z0)
+    if monitor is not None:
+        _checks.fail("monitor", "be None where z0 is a DTensor", type(monitor).__name__)
+    policy = policies.resolve(gradient)
+    if policy.reshapes and layout.cuts_states:
+        got = f"{type(policy).__name__}, which may look at whole samples"
+        _checks.fail("gradient", "leave cotangents as they are where a state is cut", got)
+    x = integrate(
+        layout.program(program),
+        Placed(model, layout),
+        layout.local("z0", z0),
+        start=None if start is None else layout.local("start", start),
+        noise=layout.noise(noise, z0, program),
+        gradient=gradient,
+        callback=None if callback is None else layout.callback(callback),
+        **options,
+    )
+    return layout.whole(x)
 
 
 def _check_watched(strategy: Memory, policy: Policy, monitor: object) -> None:

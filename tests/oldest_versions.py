@@ -12,10 +12,9 @@ from pathlib import Path
 ELSEWHERE = ("ruff", "mypy")  # they look at the code and do not run it
 
 
-def oldest(requirement: str) -> str:
-    """``name==lowest`` of ``name>=lowest,<2; marker``."""
-    name, lowest = re.match(r"([\w-]+)\s*>=\s*([\w.]+)", requirement).groups()
-    return f"{name}=={lowest}"
+def oldest(requirement: str) -> tuple[str, str]:
+    """Name and lowest of ``name>=lowest,<2; marker``."""
+    return re.match(r"([\w-]+)\s*>=\s*([\w.]+)", requirement).groups()
 
 
 def versions() -> list[str]:
@@ -27,7 +26,13 @@ def versions() -> list[str]:
     for each in extras["test"]:  # of which one is another extra of ours
         inner = re.fullmatch(r"gradsampler\[(\w+)\]", each)
         named += extras[inner[1]] if inner else [each]
-    return [oldest(each) for each in named if not each.startswith(ELSEWHERE)]
+    lowest: dict[str, str] = {}
+    for each in named:  # an extra may ask for a newer one than the package alone
+        name, version = oldest(each)
+        lowest[name] = max(
+            lowest.get(name, "0"), version, key=lambda v: [int(part) for part in v.split(".")]
+        )
+    return [f"{name}=={version}" for name, version in lowest.items() if name not in ELSEWHERE]
 
 
 if __name__ == "__main__":

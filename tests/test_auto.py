@@ -115,6 +115,47 @@ def test_a_loss_is_measured_once_for_each_shape(free):
         gs.memory.Auto(after="plenty")
 
 
+def test_only_calls_that_a_policy_differentiates_are_kept(free):
+    """Of six, those of three steps: two are kept, and the states of the others are not."""
+    z0, denoiser = leaf(normal(2, 3)), Wide()
+    policy = gs.policies.ChosenSteps([0, 2, 3])
+    free(keeping(2, z0, steps=3))
+    x = gs.sample(denoiser, z0, SIGMAS, gradient=policy)
+    found = gradients(x, [z0])
+    assert denoiser.calls == STEPS + 1
+    expected = gs.sample(Wide(), z0, SIGMAS, memory="store", gradient=policy)
+    assert_close(found[0], gradients(expected, [z0])[0])
+
+
+def test_a_policy_that_differentiates_no_call_keeps_no_state(free):
+    free(2**20)
+    z0, denoiser = leaf(normal(2, 3)), Watched()
+    for memory in ("auto", "checkpoint"):
+        denoiser = Watched()
+        with no_collector():
+            x = gs.sample(denoiser, z0, SIGMAS, gradient=gs.policies.NoJacobian(), memory=memory)
+            assert denoiser.count(denoiser.states) == 0
+            assert denoiser.count(denoiser.activations) == 0
+        assert gradients(x, [z0])[0].any()
+
+
+@pytest.mark.parametrize("after", [0, 2000])
+def test_auto_keeps_no_graph_beside_what_follows_where_that_is_no_saving(after, free, monkeypatch):
+    """Half of what is free does not hold the states. Revolve would, and hold a graph as well."""
+    taken = []
+    run = gs.memory.Revolve.run
+    monkeypatch.setattr(
+        gs.memory.Revolve, "run", lambda *args: taken.append("revolve") or run(*args)
+    )
+    z0 = leaf(normal(2, 3))  # a state of 48 bytes, a call of 66 of them
+    free(STEPS * 48 + after)
+    x = gs.sample(Wide(), z0, SIGMAS, memory=gs.memory.Auto(after=after))
+    found = gradients(x, [z0])
+    assert taken == ([] if after else ["revolve"])
+    expected = gradients(gs.sample(Wide(), z0, SIGMAS, memory="store"), [z0])
+    assert_close(found[0], expected[0])
+
+
 def test_more_room_than_calls_changes_nothing(free):
     z0, denoiser = leaf(normal(2, 3)), Wide()
     free(2**50)

@@ -13,7 +13,7 @@ import pytest
 from gradsampler.ops import backends
 
 ROOT = Path(__file__).parents[1]
-PLOTS = ("peers", "memory", "purifier", "noise-samples", "noise-gradients")
+PLOTS = ("peers", "memory", "scaling", "purifier", "noise-samples", "noise-gradients")
 
 
 def run(*command, **environment):
@@ -71,11 +71,20 @@ def test_memory_benchmark_rehearses_every_part():
 
 
 @pytest.mark.thorough
+def test_scaling_benchmark_rehearses_every_part():
+    pytest.importorskip("diffusers")
+    done = run("benchmarks/scaling.py", "--rehearse", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for part in ("steps 1x4x8x8 N=4", "parameters of a block", "with an activation checkpoint"):
+        assert part in done.stdout
+
+
+@pytest.mark.thorough
 def test_pipelines_benchmark_rehearses():
     pytest.importorskip("diffusers")
     done = run("benchmarks/pipelines.py", "--rehearse", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    for part in ("pipeline with gradients on ", "revolve:2, decode halo ", "tiles "):
+    for part in ("pipeline with gradients on ", "checkpoint, decode halo ", "tiles "):
         assert part in done.stdout
 
 

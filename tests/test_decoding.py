@@ -10,7 +10,7 @@ from torch import nn
 import gradsampler as gs
 from gradsampler.decoding import decode as module
 from gradsampler.decoding.blocks import blocks, blockwise
-from gradsampler.decoding.halo import Piece, exact_tiles, field_of_view
+from gradsampler.decoding.halo import Normalized, Piece, exact_tiles, field_of_view
 from gradsampler.memory import capacity
 
 
@@ -148,6 +148,30 @@ def test_tiles_with_halos_in_float32():
     assert torch.allclose(tiled, whole, atol=1e-5)
     ours, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (tiled, whole))
     assert (ours - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_tiles_with_halos_in_bfloat16():
+    """No farther from the decode in float64 than the whole decode in bfloat16 is, twice."""
+    x = latents(1, 4, 12, 12)
+    exact = decoder()(x)
+    network, narrow = decoder().bfloat16(), x.detach().bfloat16().requires_grad_()
+    whole, tiled = network(narrow), gs.decode(network, narrow, memory="halo", tile=5)
+    assert tiled.dtype == torch.bfloat16
+    assert (tiled - exact).norm() < 2 * (whole - exact).norm()
+    wanted, direct, ours = (
+        torch.autograd.grad(y.square().sum(), leaf)[0]
+        for y, leaf in ((exact, x), (whole, narrow), (tiled, narrow))
+    )
+    assert (ours - wanted).norm() < 2 * (direct - wanted).norm()
+
+
+def test_what_a_normalisation_keeps_is_its_input():
+    network, x = nn.Sequential(nn.GroupNorm(2, 4)), latents(1, 4, 12, 12)
+    given, core = torch.tensor([[0.0, 0.1], [1.0, 2.0]]).double(), (slice(2, 9), slice(1, 12))
+    norm = network[0].double()
+    args = (x, given, norm.weight, norm.bias, norm.eps, core)
+    kept = kept_bytes(network, lambda: Normalized.apply(*args)[0])
+    assert kept == 8 * (x.numel() + given.numel())
 
 
 def test_an_image_that_is_far_from_zero_is_normalised_right():

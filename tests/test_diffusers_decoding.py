@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import gradsampler.integrations.diffusers as gsd
+from gradsampler.memory.planning.gauge import Live
+from support.alive import no_collector
 from support.pipelines import apart, diffusers, vae
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -77,6 +79,22 @@ def test_halos_are_the_whole_decode_to_rounding():
     ours = gsd.decode(network, x, memory="halo", tile=32)
     assert apart(ours, whole) < 1e-12
     assert apart(gradient(ours, x), gradient(whole, x)) < 1e-12
+
+
+@pytest.mark.thorough
+def test_the_peak_of_halos_is_that_of_a_tile():
+    """Of the image there is what enters and leaves the parts beside it, and no activation."""
+    network, x = image_vae(), latents(1, 4, 48, 48)
+
+    def peak(memory, tile):
+        with no_collector(), Live() as counter:
+            gradient(gsd.decode(network, x, memory=memory, tile=tile), x)
+            return counter.peak
+
+    whole, tiled = peak("store", 32), peak("halo", 32)
+    inputs = 2 * 192 * 192 * 8 * 8  # what enters the last part, half as large, and what leaves it
+    tile = (32 + 2 * 9) ** 2 / 192**2  # whose halo is of eight convolutions
+    assert tiled < tile * whole + inputs < 0.3 * whole
 
 
 @pytest.mark.thorough

@@ -22,6 +22,8 @@ BROWNIAN = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
 
 def test_no_scheduler_is_forgotten():
     assert set(schedulers.classes()) == {*SETUPS, *OTHER}
+    for name in OTHER:
+        tables.check(tables.SCHEDULERS, tables.other(name))
 
 
 def setups():

@@ -50,7 +50,7 @@ FLOORS = [
     "timesteps",
     "coordinates elementary",
     "transforms",
-    "contract _checks _uncompiled _version repetition",
+    "contract _checks _uncompiled _version repetition redistribution",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

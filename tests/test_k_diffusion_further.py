@@ -17,7 +17,9 @@ import gradsampler.integrations.k_diffusion as K
 from gradsampler import noise as noises
 from gradsampler import solvers
 from gradsampler.integrations.k_diffusion.restart import restarted
+from gradsampler.memory.planning.gauge import Live
 from support.problems import Gaussian, Mixture, normal
+from support.tiers import few
 
 MIXTURE = Mixture(6)
 GAUSSIAN = Gaussian(0.3, 0.5)
@@ -181,7 +183,8 @@ def torchdiffeq():
     return pytest.importorskip("torchdiffeq")
 
 
-def test_the_likelihood_of_gaussian_data(torchdiffeq):
+@pytest.mark.parametrize("memory", few(["store", "checkpoint"], "store"))
+def test_the_likelihood_of_gaussian_data(torchdiffeq, memory):
     """Its Jacobian is diagonal, for which Hutchinson's estimate is exact; so is the gradient."""
     x = (0.3 + 0.5 * normal(3, 2, 2, seed=4)).requires_grad_()
     std = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
@@ -191,7 +194,7 @@ def test_the_likelihood_of_gaussian_data(torchdiffeq):
         return (std**2 * x + square * mean) / (std**2 + square)
 
     mean = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    found, info = K.log_likelihood(denoise, x, 0.1, 80.0, {"mean": mean}, atol=1e-9, rtol=1e-9)
+    found, info = K.log_likelihood(denoise, x, 0.1, 80.0, {"mean": mean}, 1e-9, 1e-9, memory=memory)
     variance = std**2 + 0.1**2
     # At level 80 x is taken for noise of that level, and is N(mean, std^2 + 80^2).
     noise = mean + (x - mean) * ((std**2 + 80.0**2) / variance) ** 0.5
@@ -208,6 +211,63 @@ def test_the_likelihood_of_gaussian_data(torchdiffeq):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("memory", "dtype"),
+    few(
+        [(m, d) for m in ("checkpoint", "revolve:2") for d in (torch.float64, torch.float32)],
+        ("checkpoint", torch.float32),
+    ),
+)
+def test_a_likelihood_in_bounded_memory(torchdiffeq, memory, dtype):
+    """As that of plain autograd through torchdiffeq's steps, which keeps all evaluations. Its
+    gradient has a share of the choice of the first step as well, of the size of its tolerance.
+    """
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    network.to(dtype)
+    shift = torch.ones(4, dtype=dtype, requires_grad=True)
+
+    def denoise(x, sigma, shift):
+        return network(x / (1 + sigma[:, None] ** 2).sqrt()) * shift
+
+    def found(memory):
+        x = normal(3, 4, seed=4).to(dtype).requires_grad_()
+        torch.manual_seed(1)
+        result, info = K.log_likelihood(denoise, x, 0.1, 10.0, {"shift": shift}, memory=memory)
+        named = [x, shift, *network.parameters()]
+        return result, info["fevals"], torch.autograd.grad(result.sum(), named, allow_unused=True)
+
+    whole, count, wanted = found("store")
+    ours, more, gradients = found(memory)
+    assert ours.dtype == dtype
+    assert more > count
+    rtol = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(ours, whole, rtol=rtol, atol=rtol)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.norm().item())
+
+
+@pytest.mark.thorough
+def test_a_likelihood_keeps_one_step(torchdiffeq):
+    x = normal(64, 32, seed=4).requires_grad_()
+
+    def peak(memory):
+        with Live() as counter:
+            result, _ = K.log_likelihood(GAUSSIAN.denoise, x, 0.1, 80.0, memory=memory)
+            torch.autograd.grad(result.sum(), x)
+            return counter.peak
+
+    assert peak("checkpoint") < 0.5 * peak("store")
+
+
+def test_ends_of_a_likelihood_that_learn_need_store(torchdiffeq):
+    end = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(ValueError, match="memory must be 'store' for ends that require a gradient"):
+        K.log_likelihood(GAUSSIAN.denoise, normal(2, 3), end, 20.0, memory="checkpoint")
 
 
 def test_a_likelihood_without_gradient(torchdiffeq):

@@ -3,6 +3,7 @@
 
 import math
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def ran(k):
     for block in [blocks()[0]] * (k > 0) + [blocks()[k]]:
         exec(compile(block, "README.md", "exec"), names)
     return names
+
+
+def test_it_names_how_many_solvers_there_are():
+    assert f"[{len(gs.solvers.names())} solvers](docs/solvers.md)" in text()
 
 
 def test_has_an_example_of_fifteen_lines():
@@ -74,6 +79,20 @@ def test_the_citation_is_of_the_version_that_is_here():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == gs.__version__
     assert cited["license"] in text()
+
+
+def test_the_changelog_begins_with_the_version_that_is_here():
+    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    dated = re.fullmatch(rf"{re.escape(gs.__version__)} - (\d{{4}}-\d\d-\d\d)", versions[0])
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert dated, versions[0]
+    assert dated[1] == str(cited["date-released"])
+
+
+def test_lists_every_extra():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = set(told["project"]["optional-dependencies"])
+    assert set(re.findall(r"\.\[(\w+)\]", text())) == extras
 
 
 def test_claims_the_python_that_is_required():

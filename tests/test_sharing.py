@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support import agreeing, ranks, searching, together
+from support import agreeing, ranks, searching, spread, together
 from support.sharing import MEMORIES, TARGETS, WAYS, WRAPPERS
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,11 @@ QUICK_AGREEING = [
     "auto_keeps_what_the_poorest_rank_has_room_for",
     "replay_error_of_one_rank_is_raised_on_all",
     "what_cannot_be_served_is_an_error_before_the_first_call",
+]
+QUICK_SPREAD = [
+    "gradients_are_those_of_the_loop:rows",
+    "noise_is_that_of_the_whole:batch",
+    "what_cannot_be_served_is_an_error_at_the_door",
 ]
 
 # What is unlike in kind meets everything; the flags of a wrapper meet what they could disturb.
@@ -57,7 +62,8 @@ CASES = list(dict.fromkeys([*QUICK, *("/".join(cell) for cell in CELLS if served
 
 def test_the_cheapest_of_each_kind(tmp_path):
     sharing = [f"sharing {case}" for case in QUICK]
-    ranks.check([*sharing, *(f"agreeing {case}" for case in QUICK_AGREEING)], tmp_path)
+    others = [f"agreeing {case}" for case in QUICK_AGREEING]
+    ranks.check([*sharing, *others, *(f"spread {case}" for case in QUICK_SPREAD)], tmp_path)
 
 
 @pytest.mark.thorough
@@ -70,6 +76,12 @@ def test_gradients_are_those_of_one_process(cases, tmp_path):
 def test_all_ranks_do_the_same(tmp_path):
     names = [name for name in agreeing.CASES if name not in QUICK_AGREEING]
     ranks.check([f"agreeing {name}" for name in names], tmp_path)
+
+
+@pytest.mark.thorough
+def test_states_that_are_dtensors(tmp_path):
+    names = [name for name in spread.CASES if name not in QUICK_SPREAD]
+    ranks.check([f"spread {name}" for name in names], tmp_path)
 
 
 @pytest.mark.thorough
@@ -139,3 +151,9 @@ def test_the_examples_run_in_short_forms(tmp_path):
     said = torchrun(*tune, folder=tmp_path)
     begin, end = map(float, re.search(r"mean: ([\d.]+) to ([\d.]+)", said).groups())
     assert end > 2 * begin
+    said = torchrun(ROOT / "examples" / "cut_unet.py", folder=tmp_path)
+    errors = re.findall(r"[\d.]+e-\d+", said)
+    assert len(errors) == 3
+    assert max(map(float, errors)) < 1e-12
+    alone, together = map(int, re.search(r"(\d+) bytes alone, (\d+) a rank", said).groups())
+    assert together < 0.7 * alone

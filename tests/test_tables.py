@@ -52,16 +52,61 @@ def test_the_rows_say_what_is_known():
     assert tables.row("dpmpp_2m_sde_heun")[1] == "SDE-DPM-Solver++(2M); variant=heun"
 
 
-def test_the_tables_of_figures_are_those_of_the_latest_rows(monkeypatch):
-    """In README.md and docs/: every table between two marks."""
+@pytest.fixture
+def figures(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import figures
 
+    return figures
+
+
+def test_figures_are_those_of_the_latest_rows(figures):
+    """In README.md, docs/ and benchmarks/: every table between two marks, every quote of a row."""
     pages = figures.pages()
-    assert len(pages) >= 2
+    assert {"README.md", "peers.md", "scaling.md"} <= {path.name for path in pages}
     for path in pages:
         text = path.read_text()
         assert text == figures.updated(text), f"{path.name}: run make plots"
+
+
+def test_a_quote_is_the_median_of_its_row_in_the_form_of_the_figure(figures, tmp_path, monkeypatch):
+    """By hand: three decimals, a unit, an exponent, another dtype, a comment in two lines."""
+    rows = figures.quotes.rows
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    table = [
+        rows.row("op", "ours, out", "1x4, quiet cores", dtype, metric, "s", (value,) * 3)
+        for dtype, metric, value in (
+            ("float32", "time", 0.0012344),
+            ("float32", "error", 4.76e-7),
+            ("bfloat16", "time", 0.5),
+        )
+    ]
+    rows.append(table, tmp_path)
+    for figure, named, found in (
+        ("9.999", "op; ours, out; 1x4; time; ms", "1.234"),
+        ("1e-3", "op; ours, out; 1x4; error", "5e-7"),
+        ("0.1", "op; ours,\nout; 1x4; time; bfloat16", "0.5"),
+    ):
+        text = f"took {figure}<!-- row: {named} --> in all"
+        assert figures.updated(text) == f"took {found}<!-- row: {named} --> in all"
+    with pytest.raises(KeyError):
+        figures.updated("1<!-- row: op; another; 1x4; time -->")
+
+
+HELD = {"seed-mechanisms.md", "CARD.md"}  # by tests that compute or measure them: cosmos, models
+
+
+def test_measured_tables_name_their_rows(figures):
+    """A line with two decimals is generated, or quotes its rows."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
+    generated = re.compile(r"<!-- (\w+): [\w-]+ -->\n.*?<!-- \1: end -->", re.DOTALL)
+    for path in pages:
+        if path.name in HELD:
+            continue
+        for line in generated.sub("", path.read_text()).splitlines():
+            cells = [cell.strip() for cell in line.split("|")] if line.startswith("|") else []
+            bare = [cell for cell in cells if re.fullmatch(r"\d+\.\d+", cell)]
+            assert len(bare) < 2, (path.name, line)
 
 
 def test_the_readme_names_how_many_there_are(shipped):

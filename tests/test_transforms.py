@@ -286,6 +286,63 @@ def test_batched_cotangents_of_a_stored_run():
     close(batched, torch.stack([grad(g)[0] for g in cotangents]), 1e-13)
 
 
+def _by_level(x):
+    return gs.sample(denoise, Z0, x * SIGMAS, memory="store")
+
+
+def _by_amount(x):
+    return gs.sample(denoise, Z0, SIGMAS, solver="euler_ancestral", eta=x, memory="store")
+
+
+def _by_churn(x):
+    churn = gs.Churn(1.0, s_noise=x)
+    return gs.sample(denoise, Z0, SIGMAS, solver="heun", churn=churn, memory="store")
+
+
+def _by_scale(x):
+    guided = gs.Guided(lambda y, sigma, share: share * denoise(y, sigma), x, {"share": 0.5})
+    return gs.sample(guided, Z0, SIGMAS, cond={"share": 1.0}, memory="store")
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (_by_level, "sigmas"),
+        (_by_amount, "euler_ancestral: eta"),
+        (_by_churn, "Churn: s_noise"),
+        (_by_scale, "Guided: scale"),
+    ],
+)
+def test_numbers_of_a_run_that_vmap_maps_are_refused_by_name(run, name):
+    mapped = f"{name} must be the same for all that vmap maps over"
+    several = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    with pytest.raises(ValueError, match=mapped):
+        torch.func.vmap(run)(several)
+    with pytest.raises(ValueError, match=mapped):
+        torch.func.vmap(torch.func.grad(lambda x: run(x).sum()))(several)
+    # one of them at a time is a run like others
+    assert torch.func.grad(lambda x: run(x).sum())(several[0]).isfinite()
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap", "dual"])
+def test_an_out_that_a_transform_would_not_see_is_refused(transform):
+    def step(x):
+        return gs.ops.step([x, Z0], [1.0, 2.0], out=torch.empty_like(Z0))
+
+    named = pytest.raises(ValueError, match=r"step: out must be None under torch\.func")
+    if transform == "jvp":
+        with named:
+            torch.func.jvp(step, (Z0,), (Z0,))
+    elif transform == "vmap":
+        with named:
+            torch.func.vmap(step)(torch.stack([Z0, Z0]))
+    else:
+        with named, forward_ad.dual_level():
+            step(forward_ad.make_dual(Z0, Z0))
+    with forward_ad.dual_level():  # nothing that it reads has a tangent
+        assert torch.equal(step(Z0), 3 * Z0)
+
+
 def test_a_call_that_recomputes_is_refused():
     with pytest.raises(ValueError, match="the model: memory must be 'store'"):
         torch.func.jvp(lambda x: recomputed(torch.sin, [x]), (Z0,), (Z0,))

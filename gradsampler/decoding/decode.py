@@ -22,17 +22,17 @@ _CROP = 8  # pixels of a latent that is decoded to see what a decode takes
 def decode(
     module: nn.Module, latents: Tensor, *, memory: str = "auto", tile: int = 64, **kwargs: Any
 ) -> Any:
-    """``module(latents, **kwargs)`` with the activations that its backward needs bounded.
+    """``module(latents, **kwargs)`` with a bound on the activations that are kept for backward.
 
     Args:
-        module: a decoder, left as it is.
+        module: a decoder; it is not changed.
         latents: [B, C, *state].
-        memory: "store" keeps all activations; "blocks" of each block its input, and computes the
-            others again, one block at a time: the same function to the bit. "halo" goes tile by
-            tile, with halos and with the statistics of group normalisations over the whole image:
-            the same function to rounding, with the activations of one tile. It takes an
-            `nn.Sequential` of convolutions of stride 1, group normalisations, magnifications and
-            what acts on each pixel alone. "auto" is store where that fits, else blocks.
+        memory: "store" keeps all activations. "blocks" keeps the input of each block and recomputes
+            the rest, one block at a time; the result is the same bit for bit. "halo" computes tile
+            by tile, with overlaps (halos), and with group normalisations over the whole image. It
+            keeps the activations of one tile, and the result is the same up to rounding. It takes
+            an `nn.Sequential` of convolutions of stride 1, group normalisations, upsampling and
+            pointwise layers. "auto" is store where that fits, else blocks.
         tile: size of a tile of "halo" without its halo, in pixels of ``latents``.
         **kwargs: passed on to the module.
 

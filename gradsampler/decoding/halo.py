@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gradsampler import _checks
 from gradsampler.engine.substitution import Call, replanted, stand_in
 
-__all__ = ["Piece", "exact_tiles", "field_of_view"]
+__all__ = ["Normalized", "Piece", "exact_tiles", "field_of_view"]
 
 
 class Piece(NamedTuple):
@@ -37,17 +38,11 @@ class Piece(NamedTuple):
 class Sums(NamedTuple):
     """What a tile adds to the statistics of a normalisation, or all of them."""
 
-    first: Tensor  # [G] float64, of the elements of a group
-    second: Tensor  # [G] float64, of their squares
+    moments: Tensor  # [2, G] float64, of the elements of a group and of their squares
     elements: int  # of a group
 
     def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
-        elements = self.elements + other.elements
-        return Sums(self.first + other.first, self.second + other.second, elements)
-
-    def means(self, elements: int) -> Tensor:
-        """[2, G] mean and mean square, or this tile's part of them."""
-        return torch.stack([self.first, self.second]) / elements
+        return Sums(self.moments + other.moments, self.elements + other.elements)
 
 
 class Tile(NamedTuple):
@@ -88,6 +83,86 @@ def _tiles(height: int, width: int, size: int, halo: int) -> list[Tile]:
         Tile((y, x), (wide_y, wide_x))
         for (y, wide_y), (x, wide_x) in product(spans(height), spans(width))
     ]
+
+
+Core = tuple[slice, slice]
+
+
+def _moments(x: Tensor, groups: int, core: Core) -> Tensor:
+    """[2, G] float64: sums over the core of x [1, C, h, w], of a group's elements and squares.
+
+    A variance is a small difference of such sums. One group at a time, for the copy in float64.
+    """
+    parts = [part[(..., *core)].double() for part in x.chunk(groups, 1)]
+    return torch.stack([torch.stack([part.sum(), part.square().sum()]) for part in parts], 1)
+
+
+class Normalized(torch.autograd.Function):
+    """A group normalisation by statistics that are given, and the core's part of those.
+
+    Of the activations it keeps its input alone, as torch's own does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [1, C, h, w]
+        given: Tensor,  # [2, G] float64: means and mean squares
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        core: Core,
+    ) -> tuple[Tensor, Tensor]:
+        """The result [1, C, h, w], and the moments [2, G]."""
+        ctx.save_for_backward(x, given, weight)
+        ctx.eps, ctx.core = eps, core
+        y = Normalized._standard(x, given, eps)
+        if weight is not None and bias is not None:
+            y.mul_(weight[:, None, None]).add_(bias[:, None, None])
+        return y.to(x.dtype), _moments(x, given.shape[1], core)
+
+    @staticmethod
+    def _standard(x: Tensor, given: Tensor, eps: float) -> Tensor:
+        """x less the mean and over the deviation, in float32 at least."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean, spread = (each.to(wide)[:, None] for each in _mean_and_spread(given, eps))
+        grouped = x.reshape(given.shape[1], -1).to(wide)
+        return (grouped - mean).mul_(spread).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, added: Tensor) -> tuple[Tensor | None, ...]:
+        """Cotangents of x, of the given statistics, and of weight and bias."""
+        x, given, weight = ctx.saved_tensors
+        needs, groups = ctx.needs_input_grad, given.shape[1]
+        dx = dgiven = dweight = dbias = None
+        g = g.to(torch.promote_types(x.dtype, torch.float32))
+        if needs[2] or needs[3]:
+            dweight = (g * Normalized._standard(x, given, ctx.eps)).sum((0, 2, 3))
+            dbias = g.sum((0, 2, 3))
+        if weight is not None:
+            g = g * weight[:, None, None]
+        mean, spread = _mean_and_spread(given, ctx.eps)
+        if needs[1]:
+            flat = g.reshape(groups, -1)
+            standard = Normalized._standard(x, given, ctx.eps).view(groups, -1)
+            along = standard.mul_(flat).sum(1).double()
+            square = -0.5 * along * spread**2  # y = (x - m) r with r = (q - m^2 + eps)^(-1/2)
+            dgiven = torch.stack([-flat.sum(1).double() * spread - 2 * mean * square, square])
+        if needs[0]:
+            spread = spread.to(g.dtype)[:, None]
+            dx = (g.reshape(groups, -1) * spread).view(x.shape)
+            first, second = added.to(g.dtype).repeat_interleave(x.shape[1] // groups, 1)
+            inner = (..., *ctx.core)
+            dx[inner] += first[:, None, None] + 2 * second[:, None, None] * x[inner]
+            dx = dx.to(x.dtype)
+        return dx, dgiven, dweight, dbias, None, None
+
+
+def _mean_and_spread(given: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[G] means, and reciprocal deviations."""
+    mean, square = given
+    return mean, torch.rsqrt((square - mean.square()).clamp_min(0) + eps)
 
 
 class _Reached(Exception):
@@ -150,19 +225,15 @@ class _Stack:
     def _normalized(self, module: nn.GroupNorm, x: Tensor) -> Tensor:
         if x.ndim != 4:
             raise _NoImage
-        k, groups = len(self._gathered), module.num_groups
-        core = x[(..., *self._core(x))].reshape(groups, -1)
-        first = core.sum(1, dtype=torch.float64)
-        second = core.to(torch.float64).square().sum(1)  # a variance is a small difference of it
-        self._gathered.append(Sums(first, second, core.shape[1]))
+        k, core, groups = len(self._gathered), self._core(x), module.num_groups
+        elements = x[(..., *core)].numel() // groups
         if k == self._stop:
+            self._gathered.append(Sums(_moments(x, groups, core), elements))
             raise _Reached
-        mean, square = self._given[k]
-        spread = torch.rsqrt((square - mean.square()).clamp_min(0) + module.eps)
-        grouped = (x.reshape(groups, -1) - mean.to(x.dtype)[:, None]) * spread.to(x.dtype)[:, None]
-        result = grouped.view(x.shape)
-        if module.affine:
-            result = result * module.weight[:, None, None] + module.bias[:, None, None]
+        affine = module.weight, module.bias
+        y, moments = Normalized.apply(x, self._given[k], *affine, module.eps, core)
+        self._gathered.append(Sums(moments, elements))
+        result: Tensor = y
         return result
 
 
@@ -184,7 +255,7 @@ class _Image:
             total = parts[0][k]
             for part in parts[1:]:
                 total = total + part[k]
-            self._given.append(total.means(total.elements))
+            self._given.append(total.moments / total.elements)
             self._elements.append(total.elements)
         whole: Tensor | None = None
         for tile in self._plan:
@@ -211,44 +282,42 @@ class _Image:
             given = [*self._given[:k], learned, *self._given[k + 1 :]]
             for tile in self._plan:
                 with torch.enable_grad():
-                    loss = self._loss(x, g, tile, given, lam, since=k + 1)
-                if loss.requires_grad:
-                    lam[k] += torch.autograd.grad(loss, learned)[0]
+                    found = self._run(x, tile, given)
+                (part,) = self._vjp(tile, found, g, lam, [learned], since=k + 1)
+                lam[k] += 0 if part is None else part
         dx = torch.zeros_like(x)
         sums = [torch.zeros_like(p) for p in wanted]
         for tile in self._plan:
+            leaf = x[(..., *tile.padded)].clone().requires_grad_()
             with torch.enable_grad():
-                leaf = x[(..., *tile.padded)].clone().requires_grad_()
-                loss = self._loss(leaf, g, tile, self._given, lam, since=0, padded=True)
-            first, *rest = torch.autograd.grad(loss, [leaf, *wanted], allow_unused=True)
-            if first is not None:
-                dx[(..., *tile.padded)] += first
-            for total, part in zip(sums, rest, strict=True):
-                if part is not None:
-                    total += part
+                found = self._stack.run(leaf, self._given, tile)
+            first, *rest = self._vjp(tile, found, g, lam, [leaf, *wanted])
+            del found
+            totals = zip((dx[(..., *tile.padded)], *sums), (first, *rest), strict=True)
+            for total, part in totals:
+                total += 0 if part is None else part
         return [dx, *sums]
 
-    def _loss(
+    def _vjp(
         self,
-        x: Tensor,
-        g: Tensor,
         tile: Tile,
-        given: Sequence[Tensor],
+        found: tuple[Tensor, Sequence[Sums]],
+        g: Tensor,
         lam: Sequence[Tensor],
-        *,
-        since: int,
-        padded: bool = False,
-    ) -> Tensor:
-        """A tile's part of the loss and of the constraints of the normalisations from ``since``."""
-        if padded:
-            core, sums = self._stack.run(x, given, tile)
-        else:
-            core, sums = self._run(x, tile, given)
+        inputs: Sequence[Tensor],
+        since: int = 0,
+    ) -> Sequence[Tensor | None]:
+        """Pulls back the cotangents of a tile's output and of the statistics from ``since`` on."""
+        core, sums = found
         scale = core.shape[-1] // (tile.core[1].stop - tile.core[1].start)
-        loss = (core * g[(..., *tile.scaled(scale))]).sum(dtype=torch.float64)
-        for k in range(since, len(given)):
-            loss = loss + (lam[k] * sums[k].means(self._elements[k])).sum()
-        return loss
+        pairs = [(core, g[(..., *tile.scaled(scale))])]
+        for k in range(since, len(self._given)):
+            pairs.append((sums[k].moments, lam[k] / self._elements[k]))
+        pairs = [pair for pair in pairs if pair[0].requires_grad]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
 
 
 class _Tiled(torch.autograd.Function):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs on several devices; DDP and FSDP2 need nothing of this, they are seen in a denoiser."""
+"""Runs on several devices. DDP and FSDP2 need nothing from here: runs recognise them."""
 
 from gradsampler.distributed.replication import Replicated, replicated
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
@@ -43,17 +44,17 @@ class Replicated(nn.Module, Wrapper):
 
 
 def replicated(module: nn.Module, group: Any = None) -> Replicated:
-    """Makes the gradients of a network that ranks compute together those of one device.
+    """Wraps a network that ranks compute together, so that gradients are those of one device.
 
     For networks that get the same arguments on all ranks of a group, split the work inside, and
-    return the same output on all: context parallelism, as diffusers' ``enable_parallelism`` does
-    it. There a backward leaves each rank with the share of its own chunk, in the input, the
-    conditioning, the noise level and the parameters, while the rest of a sampler is the same on all
-    ranks; without the sum over the ranks the gradient of a run is wrong, under every memory
+    return the same output on all: context parallelism, as by diffusers' ``enable_parallelism``. In
+    backward, each rank only gets its own chunk's share of the gradients to the input, the
+    conditioning, the noise level and the parameters, whereas the rest of a sampler is the same on
+    all ranks. Without a sum over the ranks the gradient of a run is wrong, under every memory
     strategy.
 
-    A gradient costs one reduction a model call of each tensor that requires grad. Ranks decide
-    alike what memory="auto" keeps, and errors that values show are raised on all.
+    Each model call costs one reduction for every tensor that requires grad. Ranks agree on what
+    memory="auto" keeps, and errors that depend on values are raised on all ranks.
 
     Args:
         module: the network; its loss has to be the same on all ranks.
@@ -86,6 +87,7 @@ class _Summed(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         g = g.contiguous().clone()
         dist.all_reduce(g, group=ctx.group)

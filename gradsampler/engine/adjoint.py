@@ -42,8 +42,8 @@ class Call(NamedTuple):
     """A model call with its graph."""
 
     x: Tensor  # the state
-    scaled: Tensor  # the model's input, a leaf
-    level: Tensor  # a leaf
+    scaled: Tensor  # the model's input
+    level: Tensor
     outputs: tuple[Tensor, ...]
 
 
@@ -80,19 +80,20 @@ class Adjoint:
         self._start = [] if trajectory.start is None else [trajectory.start]
         self._numbers: Any = trajectory.numbers
         self._levels = trajectory.program.coefficients.requires_grad
-        self._cond = [x.detach().requires_grad_(x.requires_grad) for x in trajectory.cond.tensors]
+        self._cond = [
+            graph.input_of(x, differentiated=x.requires_grad) for x in trajectory.cond.tensors
+        ]
         self._circumstances = (
             Circumstances(z0.device, trajectory.seen, agreement=trajectory.parallel.agreement)
             if opening is None
             else opening.circumstances
         )
-        self._known = {*map(id, self._cond)}
         self._precisions = {trajectory.model_dtype, *self._circumstances.precisions}
         self._sketches: dict[int, list[Sketch]] = {}  # of the outputs, by the call
         self._repeats: list[tuple[Evaluation, list[Sketch]]] = []
         self._begin = 0 if self.repeats_all else None  # the first call that is asked for
         self._dtypes: dict[Slot, torch.dtype] = {}  # of the model's outputs
-        self._index = {e.state: k for k, e in enumerate(trajectory.program.evaluations)}
+        self._index = {e.state: k for k, e in enumerate(trajectory.recalled)}
         self._leaves: dict[int, Tensor] = {}
         self._outer = False
         self._retains = False  # whether what is pulled back may be pulled back once more
@@ -123,6 +124,16 @@ class Adjoint:
         owners = ((leaf, parallel.owner(leaf)) for leaf in self._leaves.values())
         return [leaf if owner is None else owner for leaf, owner in owners]
 
+    @property
+    def whole(self) -> bool:
+        """Whether gradients that nobody asks for are computed as well: wrappers' hooks wait for
+        those of their parameters, and a monitor compares all that there are.
+        """
+        monitor = self._trajectory.observer.monitor
+        return bool(self._trajectory.parallel) or (
+            monitor is not None and monitor.policy is not None
+        )
+
     def release(self) -> tuple[Tensor, list[Tensor]]:
         """Hands the output and the kept states over: what autograd owns is freed by it."""
         output, self._output = self._output, None
@@ -130,12 +141,12 @@ class Adjoint:
         return output, self._states.release()
 
     def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
-        """Calls the model; its input and its level are fresh leaves."""
+        """Calls the model; its input and its level have no graph before them."""
         scaled, level = self._trajectory.model_input(evaluation, x, scaled)
-        scaled = scaled.detach().requires_grad_()
+        scaled = graph.input_of(scaled)
         level = level.clone()  # a denoiser may change it
         if self._levels:
-            level.requires_grad_()
+            level = graph.input_of(level)
         cond = self._trajectory.cond.filled(self._cond)
         with torch.enable_grad():
             outputs = self._trajectory.call(evaluation, scaled, level, cond)
@@ -149,15 +160,15 @@ class Adjoint:
             return Call(x, x, x, opening.outputs)
         since = graph.mark()
         call = self._circumstances.captured(evaluation, lambda: self._call(evaluation, x, scaled))
-        found = graph.reached(call.outputs, since)
-        passes = found.leaves.pop(id(call.scaled), None) is not None
-        found.leaves.pop(id(call.level), None)
+        found = graph.reached(call.outputs, since, until=self._cond)
+        passes = found.leaves.pop(id(graph.leaf_of(call.scaled)), None) is not None
+        found.leaves.pop(id(graph.leaf_of(call.level)), None)
         self._take(evaluation, call.outputs, found)
         if not passes and not self._detached and self._asked():
-            seen = self._is_pulled(evaluation) and self._trajectory.policy.enters(evaluation.step)
-            self._detached = seen
-            if seen:
-                warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
+            policy, step = self._trajectory.policy, evaluation.step
+            self._detached = self._trajectory.is_pulled(evaluation) and policy.enters(step)
+            if self._detached:
+                warnings.warn(GradientWarning(step), stacklevel=2)
         return call
 
     def _take(
@@ -168,16 +179,16 @@ class Adjoint:
             self._dtypes[slot] = output.dtype
         self._outer |= found.outer
         for key, leaf in found.leaves.items():
-            if key not in self._leaves and key not in self._known:
+            if key not in self._leaves:
                 self._leaves[key] = leaf
-        if self._begin is None and self._asked():
+        if self._begin is None and evaluation.state in self._index and self._asked():
             self._begin = self._index[evaluation.state]
         if self._begin is not None:
             self._sketches[evaluation.state.call] = self._sketched(outputs)
 
     def _save(self, evaluation: Evaluation, x: Tensor) -> None:
         """Keeps the state that a call has seen, if a gradient may ask for it."""
-        if self._begin is not None:
+        if self._begin is not None and evaluation.state in self._index:
             self._states.save(self._index[evaluation.state] - self._begin, x)
 
     def _load(self, evaluation: Evaluation) -> Tensor:
@@ -216,13 +227,6 @@ class Adjoint:
         if first < math.inf:
             raise failures.get(int(first)) or _another(int(first), " on another rank")
 
-    def _is_pulled(self, evaluation: Evaluation) -> bool:
-        """Whether backward differentiates the call."""
-        monitor = self._trajectory.observer.monitor
-        beside = None if monitor is None else monitor.policy
-        policies = [self._trajectory.policy, *([] if beside is None else [beside])]
-        return any(policy.pulls(evaluation.step) for policy in policies)
-
     def _asked(self) -> bool:
         """Whether the state that a model call sees may carry a gradient."""
         trajectory = self._trajectory
@@ -230,30 +234,30 @@ class Adjoint:
         asked = self._wanted or self._levels or any(x.requires_grad for x in known)
         return asked or bool(self._leaves)
 
-    def pulled(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def pulled(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         """The gradients of the run; those that processes share are reduced. As `backward`."""
         parallel = self._trajectory.parallel
         if not parallel:
-            return self.backward(lam, kept, wants_z0)
+            return self.backward(lam, kept, wanted)
         with parallel.backward():
-            gradients = self.backward(lam, kept, wants_z0)
+            gradients = self.backward(lam, kept, wanted)
         parameters = self._parameters()
         first = len(self.inputs()) - len(parameters)
         positions = list(range(first, first + len(parameters)))
         gradients.add(positions, [parallel.reduced(each) for each in parameters])
         return gradients
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         """Runs the transposed program.
 
         Args:
             lam: [B, *state] cotangent of the output.
             kept: what `release` handed over.
-            wants_z0: whether z0 is differentiated by.
+            wanted: whether the gradients of z0, of the coefficients and of each of `inputs` are.
         """
         self._states.adopt(kept)
         try:
-            gradients = self._transposed(lam, wants_z0)
+            gradients = self._transposed(lam, wanted)
             self._trajectory.observer.settle()
             self._compare()
         finally:
@@ -261,19 +265,21 @@ class Adjoint:
             self._states.release()
         return gradients
 
-    def _transposed(self, lam: Tensor, wants_z0: bool) -> Gradients:
-        trajectory, z0 = self._trajectory, self._z0
-        numbers = trajectory.program.coefficients if self._levels else None
-        gradients = Gradients(z0 if wants_z0 else None, numbers)
-        taken, inner = [self._cotangents(trajectory, lam, gradients)], self._inner()
+    def _transposed(self, lam: Tensor, wanted: Sequence[bool]) -> Gradients:
+        trajectory = self._trajectory
+        z0 = self._z0 if wanted[0] else None
+        numbers = trajectory.program.coefficients if self._levels and wanted[1] else None
+        gradients = Gradients(z0, numbers)
+        taken = [self._cotangents(trajectory, lam, gradients)]
+        inner = {k: x for k, x in self._inner().items() if wanted[2 + k]}
         monitor = trajectory.observer.monitor
         if monitor is not None and monitor.policy is not None:
             observer = Observer(trajectory.program, monitor=monitor.aside())
             other = replace(trajectory, policy=monitor.policy, observer=observer)
-            cut = monitor.policy.cut(trajectory.program, trajectory.given(z0))
+            cut = monitor.policy.cut(trajectory.program, trajectory.given(self._z0))
             if cut is not None:
                 other = replace(other, program=cut.program, constants={})
-            taken.append(self._cotangents(other, lam, Gradients(z0 if wants_z0 else None, None)))
+            taken.append(self._cotangents(other, lam, Gradients(z0, None)))
         for evaluation in reversed(trajectory.program.evaluations):
             for each in taken:
                 each.advance()
@@ -299,9 +305,8 @@ class Adjoint:
         self, evaluation: Evaluation, asking: Sequence[Cotangents], inner: dict[int, Tensor]
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
-        if not self._reached(evaluation):
-            return
-        if not self._levels and not any(each.policy.pulls(evaluation.step) for each in asking):
+        pulls = self._levels or any(each.policy.pulls(evaluation.step) for each in asking)
+        if not pulls or not self._reached(evaluation):
             self._skip(evaluation)
             return
         call = self._again(evaluation)
@@ -315,11 +320,13 @@ class Adjoint:
 
     def _skip(self, evaluation: Evaluation) -> None:
         """Passes over a call that is not pulled back."""
-        self._load(evaluation)
+        if self._reached(evaluation):
+            self._load(evaluation)
 
     def _reached(self, evaluation: Evaluation) -> bool:
-        """Whether the call comes after the first that a gradient asks for, or is that."""
-        return self._begin is not None and self._index[evaluation.state] >= self._begin
+        """Whether backward makes the call again, for something that requires grad."""
+        k = self._index.get(evaluation.state)
+        return k is not None and self._begin is not None and k >= self._begin
 
     def _differentiate(
         self,
@@ -405,7 +412,8 @@ class Connection(torch.autograd.Function):
             )
         _, _, *saved = ctx.saved_tensors
         inputs, kept = saved[: ctx.count - 1], saved[ctx.count - 1 :]
-        gradients = ctx.adjoint.pulled(lam, kept, ctx.needs_input_grad[1])
+        wanted = ctx.needs_input_grad[1:] if ctx.adjoint.whole else graph.wanted(ctx)
+        gradients = ctx.adjoint.pulled(lam, kept, wanted)
         sums = (gradients.tensors.get(k) for k in range(len(inputs)))
         rest = [g if g is None else g.to(x.dtype) for g, x in zip(sums, inputs, strict=True)]
         return None, gradients.z0, gradients.numbers(), *rest

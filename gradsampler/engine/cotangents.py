@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsampler import _checks
 from gradsampler.contract import GIVEN, SIGNED_ROLL, Draw
 from gradsampler.engine.ownership import large, written_over
 from gradsampler.engine.policy import Policy
@@ -78,6 +79,8 @@ class Gradients:
             known = self.tensors.get(k)
             if known is None:
                 self.tensors[k] = gradient
+            elif k in self._own and _checks.distributed(known):  # of which no list is made
+                known.add_(gradient)
             elif k in self._own:
                 sums.append(known)
                 fresh.append(gradient)

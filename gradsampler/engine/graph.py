@@ -48,6 +48,41 @@ def pulled(
     return found
 
 
+def input_of(x: Tensor, *, differentiated: bool = True) -> Tensor:
+    """What a call gets for ``x``: apart from the graph before it and, as in a loop of one's own, no
+    leaf where it is differentiated by. Hooks that torch sets on the inputs of modules, as
+    `torch.utils.flop_counter` does, fail in `torch.autograd.grad` on leaves.
+    """
+    if not differentiated:
+        return x.detach()
+    leaf = x.detach().requires_grad_()
+    if leaf.layout != torch.strided:  # of which there are no views
+        return leaf
+    with torch.enable_grad():
+        return leaf.view_as(leaf)
+
+
+def leaf_of(x: Tensor) -> Tensor:
+    """The leaf behind a tensor of `input_of`."""
+    return x if x._base is None else x._base
+
+
+def wanted(node: Any) -> tuple[bool, ...]:
+    """Which gradients of a node's tensors, in their order, the backward pass at work is after.
+
+    ``ctx.needs_input_grad`` has those that it could be asked for: with `torch.autograd.grad` on z0
+    also those of the parameters, which cost as much as that of z0.
+    """
+    return tuple(after is not None and _goes_on_to(after) for after, _ in node.next_functions)
+
+
+def _goes_on_to(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # so it answers of a leaf that `torch.autograd.grad` was given
+        return True
+
+
 class Reached(NamedTuple):
     """What the graph of a model call leads to."""
 

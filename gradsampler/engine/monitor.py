@@ -15,7 +15,7 @@ __all__ = ["Monitor", "MonitoredCall"]
 
 
 class MonitoredCall(NamedTuple):
-    """One model call; a number that was not met, as one of a call that is not reached, is NaN."""
+    """One model call; numbers that were not measured, as of a call not reached, are NaN."""
 
     step: int
     sigma: float  # the noise level of the call, of the noisiest sample
@@ -34,17 +34,17 @@ _NORMS = MonitoredCall._fields[2:8]
 
 
 class Monitor:
-    """Sees the gradient of a run pass, without a model call of its own.
+    """Records the gradient at each step of a run's backward, without extra model calls.
 
-    After the backward, printed, it is a table of its `calls`; see `gradient_health` for a picture.
-    It tells of the latest run and of the latest backward.
+    After the backward, printing it shows a table of its `calls`; `gradient_health.draw` draws it.
+    It describes the latest run and the latest backward.
 
-    ``D`` of the gain is the clean sample that the solver is given, guidance included; where a
-    solver uses the predictions of guidance apart (those named cfg_pp), there is none.
+    The gain is that of the clean prediction D which the solver uses, guidance included. Solvers
+    that use guidance's predictions separately (those named cfg_pp) have none.
 
     Args:
-        beside: a policy of `gradsampler.policies`, whose gradient is taken beside that of the run,
-            with vector-Jacobian products of its own in the same model calls, and compared with it.
+        beside: a policy of `gradsampler.policies`. Its gradient is computed as well, by additional
+            vector-Jacobian products in the same model calls, and compared with that of the run.
             Not with memory="store".
 
     Example:

@@ -39,12 +39,14 @@ class Parallel:
         # Loaded where there are processes alone.
         from gradsampler.engine.data_parallel import DataParallel
         from gradsampler.engine.fully_sharded import FullySharded
+        from gradsampler.engine.tensor_parallel import TensorParallel
 
         found = modules()
         _refuse_unsummed(found)
         wrappers: list[Wrapper] = [
             *DataParallel.among(found),
             *FullySharded.among(found),
+            *TensorParallel.among(found),
             *(each for each in found if isinstance(each, Wrapper)),
         ]
         return cls(wrappers)

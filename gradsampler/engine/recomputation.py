@@ -91,7 +91,7 @@ class _Call:
         """Makes the call for the first time and puts it into the autograd graph."""
         since = graph.mark()
         inputs, self._tensors = self._tensors, []
-        fresh = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        fresh = [graph.input_of(x, differentiated=x.requires_grad) for x in inputs]
         result = self._circumstances.captured(_CALL, partial(self._made, fresh))
         self._circumstances.finish()
         flat, structure = pytree.tree_flatten(result)
@@ -103,7 +103,7 @@ class _Call:
             _checks.fail_type(what, "hold floating tensors that torch's pytrees find", result)
         found = graph.reached(outputs, since)
         self.outer = found.outer
-        own = {id(x) for x in fresh}
+        own = {id(graph.leaf_of(x)) for x in fresh}
         leaves = [leaf for key, leaf in found.leaves.items() if key not in own]
         self.count = len(inputs)
         self._sketches = self._sketched(outputs)
@@ -129,13 +129,13 @@ class _Call:
         return [Sketch.of(outputs[k], precisions) for k in self._floating]
 
     def pulled(
-        self, cotangents: Sequence[Tensor | None], tensors: Sequence[Tensor], needs: Sequence[bool]
+        self, cotangents: Sequence[Tensor | None], tensors: Sequence[Tensor], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Makes the call once more and pulls cotangents of its outputs back to ``tensors``."""
         inputs, leaves = tensors[: self.count], list(tensors[self.count :])
         fresh = [
-            x.detach().requires_grad_(need)
-            for x, need in zip(inputs, needs[: self.count], strict=True)
+            graph.input_of(x, differentiated=need)
+            for x, need in zip(inputs, wanted[: self.count], strict=True)
         ]
         flat = self._circumstances.again(_CALL, lambda: pytree.tree_leaves(self._made(fresh)))
         outputs = [x for x in flat if isinstance(x, Tensor)]
@@ -146,19 +146,19 @@ class _Call:
             for output, g in zip(outputs, cotangents, strict=True)
             if g is not None and output.requires_grad
         ]
-        wanted = [k for k, need in enumerate(needs) if need]
+        asked = [k for k, need in enumerate(wanted) if need]
         gradients: list[Tensor | None] = [None] * len(tensors)
-        if pairs and wanted:
+        if pairs and asked:
             every = [*fresh, *leaves]
             with graph.without_hooks(leaves), self._circumstances.drawing_nothing(_CALL):
                 pulled = torch.autograd.grad(
                     [output for output, _ in pairs],
-                    [every[k] for k in wanted],
+                    [every[k] for k in asked],
                     [g for _, g in pairs],
                     allow_unused=True,
                     retain_graph=self.outer,
                 )
-            for k, gradient in zip(wanted, pulled, strict=True):
+            for k, gradient in zip(asked, pulled, strict=True):
                 gradients[k] = gradient
         if any(other):
             raise ReplayError(
@@ -193,5 +193,5 @@ class _Connection(torch.autograd.Function):
                 "a call that keeps no activations must be differentiated once, got "
                 "create_graph=True; memory='store' has a gradient of the gradient"
             )
-        needs = ctx.needs_input_grad[2:]
-        return None, None, *ctx.call.pulled(cotangents, ctx.saved_tensors, needs)
+        wanted = graph.wanted(ctx)
+        return None, None, *ctx.call.pulled(cotangents, ctx.saved_tensors, wanted)

@@ -42,7 +42,7 @@ _FEW_LEVELS = 2**16  # what the model is told in all calls of a run, in elements
 
 
 class GradientWarning(UserWarning):
-    """Autograd sees no path from the denoiser's input at ``step`` to its output."""
+    """No gradient passes through the denoiser at ``step``: it detaches or runs under no_grad."""
 
     def __init__(self, step: int) -> None:
         super().__init__(
@@ -89,6 +89,18 @@ class Trajectory:
         """For each instruction that is a stage, what it computes."""
         plain = self.learned is None and not self.program.by_sample
         return self.program.launches if plain else self.program.prepared(self.numbers)
+
+    def is_pulled(self, evaluation: Evaluation) -> bool:
+        """Whether backward differentiates a call."""
+        beside = None if self.observer.monitor is None else self.observer.monitor.policy
+        policies = [self.policy, *([] if beside is None else [beside])]
+        return any(policy.pulls(evaluation.step) for policy in policies)
+
+    @cached_property
+    def recalled(self) -> list[Evaluation]:
+        """The evaluations whose calls backward makes again, where no graph of them is kept."""
+        learned = self.program.coefficients.requires_grad  # then their outputs are factors
+        return [e for e in self.program.evaluations if learned or self.is_pulled(e)]
 
     def given(self, z0: Tensor) -> dict[Slot, Tensor]:
         """What is there before the first instruction."""

@@ -31,24 +31,25 @@ _STATES = 0.5  # of what is free that states or snapshots may take
 
 @dataclass(frozen=True)
 class Auto(Memory):
-    """`Reversible` for a run that can be undone, else `Checkpoint`, and beside it the activations
-    of as many calls as fit into what is free.
+    """`Reversible` for a run that can be undone, else `Checkpoint`, which also stores the
+    activations of as many calls as fit in memory.
 
-    The first call of the run shows how much autograd keeps of one, which may be nothing. Where all
-    N fit, it is a run of `Store`. Else the last k calls are kept whole, as many as fit, and the
-    N - k before them, of which the states are kept, are made again in backward: the time of
-    `Checkpoint` where none fits. The last and not the first, since backward needs these first: they
-    are gone when it comes to the calls that are made again, so the peak is k calls and not k + 1.
+    The first call of the run shows how much autograd keeps for a call, which may be nothing. If all
+    N calls fit, the run goes on as with `Store`. Otherwise the activations of the last k calls are
+    stored, as many as fit. The N - k calls before them are recomputed in backward from their
+    states; if none fits, that takes the time of `Checkpoint`. The last calls are stored because
+    backward needs them first, and has freed them when it recomputes others: the peak is k calls,
+    not k + 1.
 
-    Where the states alone would take half of what is free, they go to the host, as with
-    `Offload`; where that has no room either, or is the device of the run, it is `Revolve` with as
-    many slots as fit.
+    If the states alone would take half of the free memory, they go to the host, as with `Offload`.
+    If the host has no room either, or is the device of the run, it is `Revolve` with as many slots
+    as fit.
 
-    A gradient of the gradient needs `Store`.
+    Second derivatives need `Store`.
 
     Args:
-        after: what follows the run and needs room beside it: from a sample [B, *state] to a scalar
-            loss, as for `plan`, called once for each shape; or its bytes, an int or "2GiB".
+        after: what follows the run and needs memory too: a function from a sample [B, *state] to a
+            scalar loss, as for `plan`, called once for each shape; or its bytes, an int or "2GiB".
 
     Raises:
         ValueError, TypeError: naming what does not fit, at the start of the run where ``after`` is
@@ -69,8 +70,10 @@ class Auto(Memory):
             return Reversible().run(trajectory, z0)
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
-        count, size = len(trajectory.program.evaluations), z0.numel() * z0.element_size()
-        free, opening = self._left(z0), None
+        count, size = len(trajectory.recalled), z0.numel() * z0.element_size()
+        free, opening = capacity.free(z0.device), None
+        after = 0 if free is None else self._after(z0)  # bytes
+        free = None if free is None else max(0, free - after)
         if free is not None and count > 1 and _plain(trajectory, z0.device):
             begun = Begun(trajectory, z0)
             # The gradients that are alive within a call's backward take about as much as its graph.
@@ -81,7 +84,13 @@ class Auto(Memory):
         here = free is None or count * size <= _STATES * free
         host = None if here or z0.device.type == "cpu" else capacity.free(torch.device("cpu"))
         there = here or (host is not None and count * size <= _STATES * host)
-        slots = math.inf if free is None else int(_STATES * free) // (size * _snapshot(trajectory))
+        slots = math.inf
+        if free is not None:
+            snapshot = size * _snapshot(trajectory)
+            # Beside its snapshots it has the last call's graph while what follows the run works.
+            more = after if opening is None else min(after, opening.graph)
+            slots = min(int(_STATES * free), count * size - more - 1) // snapshot
+            here = here or (slots < 1 <= after and not there)  # less than checkpoint cannot be had
         # Where ranks wait for the calls of one another, the one with the least room decides.
         least = trajectory.parallel.agreement.least(here, there, slots)
         if least[0]:
@@ -92,17 +101,14 @@ class Auto(Memory):
             return _connected(trajectory, z0, Host(count), room, opening)
         return Revolve(max(1, int(min(least[2], count)))).run(trajectory, z0, opening)
 
-    def _left(self, z0: Tensor) -> int | None:
-        """What is free, and not needed by what follows the run."""
-        free = capacity.free(z0.device)
-        if free is None or self.after is None:
-            return free
-        if not callable(self.after):
-            return max(0, free - capacity.parsed("Auto: after", self.after))
+    def _after(self, z0: Tensor) -> int:
+        """Bytes that what follows the run needs."""
+        if self.after is None or not callable(self.after):
+            return 0 if self.after is None else capacity.parsed("Auto: after", self.after)
         key = z0.shape, z0.dtype, z0.device
         if key not in self._measured:
             self._measured[key] = following.measured(self.after, z0).peak
-        return max(0, free - self._measured[key])
+        return self._measured[key]
 
 
 def _plain(trajectory: Trajectory, device: torch.device) -> bool:
@@ -222,9 +228,8 @@ class _Keeping(Adjoint):
         opening: Opening | None,
     ) -> None:
         self._room = room
-        self._from: int | None = None  # the evaluation from which on calls are kept
+        self._from: int | None = None  # from which on calls are kept, of those backward needs
         self._calls: dict[Slot, Call] = {}  # by the state
-        self._left: set[Slot] = set()  # states of calls that are not pulled back
         if opening is not None:
             self._from = max(1, self._beyond(trajectory, opening.graph))
         super().__init__(trajectory, states, z0, opening)
@@ -233,23 +238,22 @@ class _Keeping(Adjoint):
         """The first of the calls that fit, taken to be of ``graph`` bytes."""
         # The gradients that are alive within a backward belong to tensors of the call, so they
         # take about as much as its graph at most.
-        count = len(trajectory.program.evaluations)
+        count = len(trajectory.recalled)
         fitting = min(count, max(0, int(self._room / graph - 1)))
         return count - int(trajectory.parallel.agreement.least(fitting)[0])
 
     def _run(self) -> Tensor:
         def evaluate(evaluation: Evaluation, x: Tensor, scaled: Tensor | None) -> Sequence[Tensor]:
             call = self._first(evaluation, x, scaled)
-            k = self._index[evaluation.state]
-            kept = self._from is not None and k >= self._from and self._asked()
-            if kept and self._levels:
-                self._calls[evaluation.state] = call
-            elif kept and not self._is_pulled(evaluation):
-                self._left.add(evaluation.state)
-            elif kept:  # only coefficients that are learned are multiplied by the state
-                self._calls[evaluation.state] = call._replace(x=call.scaled)
-            else:
+            k = self._index.get(evaluation.state)
+            if k is None:  # backward passes over it
+                pass
+            elif self._from is None or k < self._from or not self._asked():
                 self._save(evaluation, x)
+            elif self._levels:
+                self._calls[evaluation.state] = call
+            else:  # only coefficients that are learned are multiplied by the state
+                self._calls[evaluation.state] = call._replace(x=call.scaled)
             return [output.detach() for output in call.outputs]
 
         return self._trajectory.forward(self._z0, evaluate)
@@ -272,14 +276,16 @@ class _Keeping(Adjoint):
         return self._calls[state] if self._retains else self._calls.pop(state)
 
     def _skip(self, evaluation: Evaluation) -> None:
-        if evaluation.state not in self._left:
+        if evaluation.state in self._calls:
+            self._again(evaluation)
+        else:
             super()._skip(evaluation)
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         # A second backward, with retain_graph=True in the first, finds the calls where they were.
         self._retains = torch._C._autograd._get_current_graph_task_keep_graph()
         try:
-            return super().backward(lam, kept, wants_z0)
+            return super().backward(lam, kept, wanted)
         finally:
             if not self._retains:
                 self._calls.clear()

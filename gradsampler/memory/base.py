@@ -10,7 +10,7 @@ from gradsampler.engine.trajectory import Trajectory
 
 
 class Memory(ABC):
-    """Decides what a run keeps for its backward pass, and what that pass computes again."""
+    """Decides what a run keeps for its backward, and what backward recomputes."""
 
     exact: ClassVar[bool] = True  # gives the gradient of the run, to rounding
     any_program: ClassVar[bool] = True  # runs every solver, also what is no solver's

@@ -17,9 +17,10 @@ from gradsampler.memory.store import Store
 class Checkpoint(Memory):
     """One state a model call, and the activations of one call at a time.
 
-    Backward calls the model once more at each state: 4/3 of the time of `Store` where the backward
-    of a call costs two forwards. A gradient hook on a tensor with a graph of its own that the
-    denoiser captures runs once a model call, on that call's share; pass such a tensor in ``cond``.
+    Backward calls the model once more at each state: 4/3 of the time of `Store` if the backward of
+    a call costs two forwards. If the denoiser captures a tensor that has a graph of its own, a
+    gradient hook on it runs once for each model call, on that call's share; pass such a tensor in
+    ``cond`` to have it run once.
     """
 
     def run(self, trajectory: Trajectory, z0: Tensor) -> Tensor:

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 def freeze(network: nn.Module) -> nn.Module:
     """Freezes the parameters of a network, so that a run keeps nothing for their gradients.
 
-    ``requires_grad_(False)`` does that for linear layers and the scales of normalisations. But
-    torch keeps the input of a convolution whatever is frozen (PyTorch issue 133566), though the
-    gradient to it reads the weight alone; convolutions of this network let go of theirs. The
-    gradients are the same, to rounding where the layout of that input chose the kernel. In a
-    compiled network, and inside an activation checkpoint, what torch keeps stays.
+    ``requires_grad_(False)`` is enough for linear layers and the scales of normalisations. But
+    torch keeps the input of a convolution even if its weight is frozen (PyTorch issue 133566),
+    although the gradient to the input only needs the weight. Convolutions of this network release
+    it. The gradients are the same, up to rounding if the layout of that input decided on the
+    kernel. There is no effect in a compiled network, or inside an activation checkpoint.
 
     On selective differentiation: Bhatia and Dangel 2024, "Lowering PyTorch's memory consumption
     for selective differentiation", arXiv 2404.12406.
 
     Args:
-        network: changed: its parameters require no gradient, and its convolutions have a forward
-            hook, which does nothing where a weight or bias requires one again.
+        network: it is changed: its parameters require no gradient, and its convolutions get a
+            forward hook, which does nothing if a weight or bias requires one again.
 
     Returns:
         The same network.

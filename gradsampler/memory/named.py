@@ -38,7 +38,7 @@ _VARIANTS: dict[str, Callable[[Folder], dict[str, Memory]]] = {
 
 
 def names() -> list[str]:
-    """The names that ``memory=`` takes as they stand; all of these give the exact gradient.
+    """The names of strategies that need no number; all of these give the exact gradient.
 
     With a number there are "revolve:8" for ``Revolve(8)``, "revolve:8+32" for ``Revolve(8, 32)``,
     and "truncated:4" for ``Truncated(4)``.

@@ -22,19 +22,19 @@ from gradsampler.memory.store import Store
 class Offload(Memory):
     """`Checkpoint` with the states elsewhere, copied while the model computes.
 
-    To "cpu", the states of a run on another device lie in one block of pinned memory; states that
-    are on the CPU stay where they are, and all is as with `Checkpoint`. To a folder, each state is
-    a file in a private folder within it, written and read by a thread of its own, at most two ahead
-    of the run, and its bytes are checked when they come back. The files go with the graph: after
-    backward, or when nobody refers to the sample any more. Those of a killed process stay, under
+    With "cpu", the states of a run on another device lie in one block of pinned memory. States that
+    are on the CPU stay where they are, as with `Checkpoint`. With a folder, each state is a file in
+    a private folder within it. A thread writes and reads the files, at most two ahead of the run,
+    and their bytes are verified when they are read. They are deleted with the graph: after
+    backward, or when the sample is no longer referenced. Files of a killed process stay, under
     gradsampler-*, and no run reads them.
 
     Args:
         to: "cpu", or an existing folder.
 
     Raises:
-        OSError: in the run, where the folder does not take the states; in backward, where a file is
-            not what was written.
+        OSError: in the run, if the states cannot be written; in backward, if a file is not what
+            was written.
     """
 
     to: str | os.PathLike[str] = "cpu"
@@ -46,7 +46,7 @@ class Offload(Memory):
         if not torch.is_grad_enabled():
             return Store().run(trajectory, z0)
         states: States
-        count = len(trajectory.program.evaluations)
+        count = len(trajectory.recalled)
         if self.to != "cpu":
             states = Files(Path(self.to), count)
         elif z0.device.type == "cpu":

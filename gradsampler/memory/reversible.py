@@ -24,28 +24,29 @@ from gradsampler.repetition import ReplayError
 class Reversible(Memory):
     """The last two states, in integers; backward undoes the steps, exact to the bit.
 
-    For ``solver="midpoint_reversible"`` alone; runs of one or two model calls have no step to undo,
-    and some other solvers may take it there. A state is held as a multiple of a small unit, and a
-    step adds an increment that is rounded once, so that the same call of the model gives back the
-    very state that was there: the gradient is that of the run, with rounding counted as identity,
-    however many steps there are. Backward calls the model once more a step, as with `Checkpoint`.
+    Only for ``solver="midpoint_reversible"``. (In runs of one or two model calls there is nothing
+    to undo, so some other solvers work too.) A state is held as an integer multiple of a small
+    unit. A step adds an increment that is rounded to this unit, and the same model call in backward
+    gives the same increment, so that subtracting it restores the earlier state exactly. The
+    gradient is that of the run, with rounding treated as the identity, however many steps there
+    are. Backward calls the model once more for each step, as with `Checkpoint`.
 
-    The integers have 32 bits where these hold the run with 20 bits below one, and 64 for a longer
-    range or a state in float64. The denoiser must give the same bits again: on a GPU that may need
-    ``torch.use_deterministic_algorithms(True)``. Its last output is compared before anything is
-    undone, and in the end nothing may be left of the states.
+    The integers have 32 bits if these hold the run with 20 bits below one, and 64 bits for a longer
+    range or a state in float64. The denoiser must return the same bits again; on a GPU that may
+    need ``torch.use_deterministic_algorithms(True)``. Its last output is compared before anything
+    is undone, and at the end the states must be those that the run started from.
 
     A second backward through the same run (``retain_graph=True``) runs forward once more.
 
     Args:
-        amplitude: the largest absolute value of a clean sample that the run is to hold, noise
-            aside; there is room for some four times as much.
+        amplitude: the largest absolute value of a clean sample, without noise, to make room for;
+            some four times as much will fit.
 
     Raises:
-        ValueError: before any model call, for a solver whose steps cannot be undone, or levels and
-            churn that contract more than 64 bits hold.
-        OverflowError: in the run, where a state leaves the range of the integers or is NaN.
-        ReplayError: in backward, where the denoiser returns other bits.
+        ValueError: before any model call, if the solver's steps cannot be undone, or if levels and
+            churn need more than 64 bits.
+        OverflowError: in the run, if a state leaves the range of the integers or is NaN.
+        ReplayError: in backward, if the denoiser returns other bits.
     """
 
     amplitude: float = 16.0
@@ -227,6 +228,7 @@ class _Reversing(Adjoint):
     def __init__(self, trajectory: Trajectory, pair: Pair, z0: Tensor) -> None:
         self._pair = pair
         self._evaluations = trajectory.program.evaluations
+        self._positions = {e.state: j for j, e in enumerate(self._evaluations)}
         self._silent = trajectory.unobserved()
         self._agreement = trajectory.parallel.agreement
         self._digest = torch.empty(0)  # of the last evaluation's outputs
@@ -242,13 +244,13 @@ class _Reversing(Adjoint):
 
         return self._pair.forward(self._z0, self._trajectory, evaluate)
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         with torch.no_grad():
             if not self._there:
                 self._pair.forward(self._z0, self._silent, self._replay)
             self._there = False
             try:
-                gradients = super().backward(lam, kept, wants_z0)
+                gradients = super().backward(lam, kept, wanted)
                 if self._agreement.any(not self._pair.returned(self._z0)):
                     _differs("some step")
             finally:
@@ -262,7 +264,7 @@ class _Reversing(Adjoint):
 
     def _again(self, evaluation: Evaluation) -> Call:
         """Calls the model once more, and undoes what followed from its outputs."""
-        j = self._index[evaluation.state]
+        j = self._positions[evaluation.state]
         x, scaled = self._pair.state(j)
         call = self._repeated(evaluation, x, scaled)
         last = evaluation is self._evaluations[-1]

@@ -29,29 +29,29 @@ from gradsampler.memory.store import Store
 class Revolve(Memory):
     """At most ``slots`` snapshots at a time, and the activations of one model call.
 
-    A snapshot is what the run needs to go on from a model call: the state, and for a multistep
-    solver the states and outputs that it looks back at. Beside the snapshots there is the one set
-    that is worked on. The activations of the last call are kept from the run, which saves its
-    repetition. N model calls in all cost, by slots: N = 20: 53 with 5, 48 with 10; N = 50: 172
-    and 138; N = 1000: 4636 with 10. From N - 1 slots on it is 2N - 1.
+    A snapshot is what the run needs to continue from a model call: the state, and for a multistep
+    solver the earlier states and outputs that it uses. One more set is the current one. The
+    activations of the last call are kept from the run, so that it need not be repeated. Model calls
+    of a run of N and its backward: for N = 20, 53 with 5 slots and 48 with 10; for N = 50, 172 and
+    138; for N = 1000, 4636 with 10. From N - 1 slots on it is 2N - 1.
 
-    With ``further`` slots elsewhere, the number of calls is that of slots + further, and the device
-    holds ``slots`` snapshots, those that are written and read most often; and one more while it is
-    on its way back, which the model's backward hides (Stumm and Walther 2009, "Multistage
-    approaches for optimal offline checkpointing", SIAM J. Sci. Comput. 31(3)).
+    With ``further`` slots on the host or in a folder, the number of calls is that of slots +
+    further. The device holds ``slots`` snapshots, those that are written and read most often, and
+    one more while it is copied back, during the model's backward (Stumm and Walther 2009,
+    "Multistage approaches for optimal offline checkpointing", SIAM J. Sci. Comput. 31(3)).
 
     A second backward through the same run (``retain_graph=True``) runs forward once more.
 
     Args:
         slots: on the device, at least 1.
-        further: slots elsewhere.
-        to: where: "cpu" is pinned memory of the host, and for a run on the CPU no other place than
-            that of ``slots``; or an existing folder, whose files are those of `Offload`.
+        further: slots in another place.
+        to: that place: "cpu", which is pinned memory of the host (for a run on the CPU it is the
+            same memory as that of ``slots``); or an existing folder, with files as in `Offload`.
 
     Raises:
-        ImportError: where the package checkpoint-schedules is not installed.
-        OSError: in the run, where the folder does not take the snapshots of the run; in backward,
-            where it does not take others, or where a file is not what was written.
+        ImportError: if the package checkpoint-schedules is not installed.
+        OSError: in the run or in backward, if snapshots cannot be written; in backward, if a file
+            is not what was written.
 
     Example:
         >>> import torch, gradsampler as gs
@@ -165,7 +165,7 @@ class _Revolving(Adjoint):
         self._taped = self._repeated(evaluation, self._work[evaluation.state])
         self._work = {}
 
-    def backward(self, lam: Tensor, kept: Sequence[Tensor], wants_z0: bool) -> Gradients:
+    def backward(self, lam: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
         if self._place is not None:
             self._place.settle()
         try:
@@ -173,7 +173,7 @@ class _Revolving(Adjoint):
                 with self._circumstances.autocast():
                     self._sweep(self._silent, self._replay)
                 self._tape(self._evaluations[-1])
-            return super().backward(lam, kept, wants_z0)
+            return super().backward(lam, kept, wanted)
         finally:
             if self._place is not None:
                 self._place.close()

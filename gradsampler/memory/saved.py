@@ -47,7 +47,7 @@ class Saved(AbstractContextManager["Saved"]):
         if isinstance(source, nn.Parameter) or (source.is_leaf and source.requires_grad):
             self._leaves.add(address(x))
         elif address(x) not in self._known:
-            self._sizes[address(x)] = x.untyped_storage().nbytes()
+            self._sizes[address(x)] = _storage(x).nbytes()
         # An output of its own graph would keep that alive: it goes without.
         return x.detach(), x._version
 
@@ -65,4 +65,10 @@ def _unpack(packed: tuple[Tensor, int]) -> Tensor:
 
 def address(x: Tensor) -> int:
     """Where the tensor's memory begins."""
-    return x.untyped_storage().data_ptr()
+    return _storage(x).data_ptr()
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage:
+    """The tensor's memory; of a DTensor that of this rank's part."""
+    part: Tensor = getattr(x, "_local_tensor", x)  # which to_local would record
+    return part.untyped_storage()

@@ -22,8 +22,8 @@ from gradsampler.ops.recorded import differentiable
 class Store(Memory):
     """Plain autograd through the whole run: N times the activations of one model call.
 
-    The fastest, and the only strategy with a gradient of the gradient, under torch.func's
-    transforms, and with derivatives in forward mode.
+    The fastest, and the only strategy with second derivatives, torch.func's transforms and
+    derivatives in forward mode.
     """
 
     transformable: ClassVar[bool] = True

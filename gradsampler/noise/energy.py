@@ -13,7 +13,7 @@ SIGMAS = 6.0  # standard deviations that chance is given; 2e-9 of the samples li
 
 
 class NoiseWarning(UserWarning):
-    """The injected noise is made of a z0 that is plainly not standard normal.
+    """The injected noise is computed from a z0 that is clearly not standard normal.
 
     Args:
         mean_square: of the sample of z0 that is farthest off; that of standard normal noise is 1.

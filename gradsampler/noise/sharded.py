@@ -109,6 +109,8 @@ class Sharded(NoiseSource):
         from torch.distributed.tensor import Partial, Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+        from gradsampler.redistribution import part
+
         cut = {p.dim for p in z0.placements if isinstance(p, Shard)}
         if len(cut) > 1 or any(type(p) not in (Shard, Replicate) for p in z0.placements):
             hint = "redistribute it"
@@ -120,7 +122,8 @@ class Sharded(NoiseSource):
         if dim == 0:
             return cls(source, offsets[0])
         partial = [Partial() if isinstance(p, Shard) else Replicate() for p in z0.placements]
-        return cls(source, offsets[dim], dim, z0.full_tensor(grad_placements=partial))
+        whole = [Replicate()] * len(partial)
+        return cls(source, offsets[dim], dim, part(z0, whole, partial))
 
     def window(self, z0: Tensor) -> Window:
         """Where the part ``z0`` lies, for a backend that draws the noise of the whole."""

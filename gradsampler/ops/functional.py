@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsampler import _checks
+from gradsampler import _checks, transforms
 from gradsampler.contract import ANCESTRAL, SIGNED_ROLL, Draw
 from gradsampler.noise import philox
 from gradsampler.noise.sources import NoiseSource, draw_of
@@ -75,6 +75,9 @@ def step(
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in read)
     if out is not None and (recorded or (torch.is_grad_enabled() and out.requires_grad)):
         _checks.fail("step: out", "be None where a gradient is recorded", "a tensor")
+    if out is not None and any(map(transforms.followed, (*read, out))) and transforms.active():
+        expected = "be None under torch.func, vmap and forward mode"
+        _checks.fail("step: out", expected, "a tensor")
     written = out is not None and _written(out, read, injection)
     if not recorded and (out is None or written) and library.unwatched(read):
         result: Tensor = backends.choose(backend, first.device).step_fwd(

@@ -2,7 +2,7 @@
 """A trajectory under a policy, and what the policy cuts off from the sample."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor
 from gradsampler import _checks
 from gradsampler.engine.cut import noise_slot
 from gradsampler.engine.policy import Policy
-from gradsampler.engine.program import START, Z0, Evaluation, Injection, Slot, Stage
+from gradsampler.engine.program import (
+    START,
+    Z0,
+    Evaluation,
+    Injection,
+    Program,
+    Slot,
+    Stage,
+)
 from gradsampler.engine.trajectory import Trajectory
 from gradsampler.policies.together import Together
 
@@ -46,19 +54,27 @@ def applied(policy: Policy, trajectory: Trajectory, z0: Tensor, name: str) -> Tr
 
 def reaches(trajectory: Trajectory, source: Slot) -> bool:
     """Whether a gradient passes from the output to z0 or to the start."""
-    program, policy = trajectory.program, trajectory.policy
-    fixed = (program.coefficients == 0).reshape(len(program.coefficients), -1).all(1).tolist()
     injected = source == Z0 and trajectory.noise.of_z0
-    reached = {source}
+    return trajectory.program.output in reached(
+        trajectory.program, trajectory.policy, {source}, injected=injected
+    )
+
+
+def reached(
+    program: Program, policy: Policy, sources: Set[Slot], *, injected: bool
+) -> frozenset[Slot]:
+    """The slots that depend on ``sources``, and with ``injected`` on a noise."""
+    fixed = (program.coefficients == 0).reshape(len(program.coefficients), -1).all(1).tolist()
+    found = set(sources)
     for i in program.instructions:
         if isinstance(i, Stage):
             noise = injected and any(not fixed[each.coefficient] for each in i.injections)
-            if noise or any(slot in reached and not fixed[c] for slot, c in i.terms):
-                reached.add(i.writes)
+            if noise or any(slot in found and not fixed[c] for slot, c in i.terms):
+                found.add(i.writes)
         elif isinstance(i, Evaluation):
             passed = policy.pulls(i.step) and policy.enters(i.step)
-            reached |= set(i.writes) if passed and i.state in reached else set()
-    return program.output in reached
+            found |= set(i.writes) if passed and i.state in found else set()
+    return frozenset(found)
 
 
 def _head(trajectory: Trajectory, z0: Tensor, stop: int) -> dict[Slot, Tensor]:

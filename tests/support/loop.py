@@ -35,6 +35,10 @@ class Bare(diffusers.DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         timesteps = self.scheduler.timesteps[:last]
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if "dmd_noisy_tensor" in parameters:  # of the stage's start; Helios's timesteps are its own
+            options["dmd_noisy_tensor"], options["all_timesteps"] = latents, timesteps
+            options["dmd_timesteps"] = self.scheduler.timesteps
+            options["dmd_sigmas"] = self.scheduler.sigmas
         previous = None
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -50,11 +54,47 @@ class Bare(diffusers.DiffusionPipeline):
                         output, previous, t, back, latents, **options, return_dict=False
                     )
                 else:
+                    if "cur_sampling_step" in parameters:
+                        options["cur_sampling_step"] = i
                     latents = self.scheduler.step(output, t, latents, **options, return_dict=False)[
                         0
                     ]
                 progress_bar.update()
         return (latents,) if not return_dict else {"latents": latents}
+
+
+class Corrected(diffusers.DiffusionPipeline):
+    """Algorithm 2 of Karras et al. 2022 as in KarrasVePipeline, without its images."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        latents: Tensor,
+        num_inference_steps: int = 5,
+        generator: Any = None,
+        output_type: str = "latent",
+        return_dict: bool = True,
+    ) -> Any:
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps)
+        x = latents * scheduler.init_noise_sigma
+        for t in self.progress_bar(scheduler.timesteps):
+            sigma = scheduler.schedule[t]
+            following = scheduler.schedule[t - 1] if t > 0 else 0
+            hat, sigma_hat = scheduler.add_noise_to_input(x, sigma, generator=generator)
+            output = self.unet(hat, sigma_hat)
+            found = scheduler.step(output, sigma_hat, following, hat)
+            if following != 0:
+                output = self.unet(found.prev_sample, following)
+                found = scheduler.step_correct(
+                    output, sigma_hat, following, hat, found.prev_sample, found.derivative
+                )
+            x = found.prev_sample
+        return (x,) if not return_dict else {"latents": x}
 
 
 class Small(diffusers.ModelMixin, diffusers.ConfigMixin):

@@ -578,4 +578,5 @@ def bare(scheduler: Any, **sizes: Any) -> Any:
     from support import loop  # defines subclasses of diffusers
 
     torch.manual_seed(0)
-    return quiet(loop.Bare(loop.Small(**sizes), scheduler))
+    kind = loop.Corrected if hasattr(scheduler, "step_correct") else loop.Bare
+    return quiet(kind(loop.Small(**sizes), scheduler))

@@ -101,11 +101,19 @@ SETUPS: dict[str, list[Setup]] = {
     "FlowMatchEulerDiscreteScheduler": [Setup(), Setup({"stochastic_sampling": True})],
     "FlowMatchHeunDiscreteScheduler": [Setup()],
     "FlowMatchLCMScheduler": [Setup()],
+    "HeliosDMDScheduler": [
+        Setup(
+            {"stages": 1, "stage_range": [0, 1], "gamma": 1 / 3},
+            network={"tokens": True},
+            state=(2, 4, 2, 4, 4),
+        )
+    ],
     "HeliosScheduler": [Setup({"stages": 1, "stage_range": [0, 1], "gamma": 1 / 3})],
     "HeunDiscreteScheduler": [BY_BETAS],
     "IPNDMScheduler": [Setup()],
     "KDPM2AncestralDiscreteScheduler": [BY_BETAS],
     "KDPM2DiscreteScheduler": [BY_BETAS],
+    "KarrasVeScheduler": [Setup(steps=3, affine=False)],  # it has a step of two calls
     "LCMScheduler": [BY_BETAS],
     "LMSDiscreteScheduler": [BY_BETAS],
     "LTXEulerAncestralRFScheduler": [Setup()],
@@ -118,6 +126,21 @@ SETUPS: dict[str, list[Setup]] = {
             state=(2, 16, 4),
             steps=2,
             affine=False,
+        )
+    ],
+    "RFD4ProteinaScheduler": [
+        Setup(
+            {
+                "schedule_mode": "log",
+                "noise_mode": "1/t",
+                "tsr_k": 2.0,
+                "tsr_sigma": 0.5,
+                "tail_steps": 0,
+            },
+            network={"tokens": True},
+            state=(1, 16, 4),
+            call={"emit_mask": torch.arange(16)[None] > 2},
+            affine=False,  # by position
         )
     ],
     "RePaintScheduler": [
@@ -156,15 +179,12 @@ LEVELS = (
 )
 
 TOKENS = "its states are tokens, which have no gradient"
-OTHER = {
+OTHER = {  # why there is no gradient
     "AmusedScheduler": TOKENS,
     "BlockRefinementScheduler": TOKENS,
     "DiscreteDDIMScheduler": TOKENS,
     "EntropyBoundScheduler": TOKENS,
     "VQDiffusionScheduler": TOKENS,
-    "HeliosDMDScheduler": "steps only inside the stages of HeliosPipeline: calls",
-    "KarrasVeScheduler": "steps with a second state, inside KarrasVePipeline: calls",
-    "RFD4ProteinaScheduler": "steps only inside RFD4ProteinaPipeline: calls",
 }
 
 

@@ -64,6 +64,11 @@ def scheduler(name: str, setup: schedulers.Setup, found: ways.Compared) -> Row:
     return found.cells(f"`{name}`", setup.text())
 
 
+def other(name: str) -> Row:
+    """The row of a scheduler whose states have no gradient."""
+    return (f"`{name}`", schedulers.OTHER[name], "none", *[""] * len(WAYS))
+
+
 def levels(name: str, setup: schedulers.Setup, found: ways.Levels) -> Row:
     """The row of a scheduler whose levels can be given."""
     return (f"`{name}`", setup.text(), *found.cells())
@@ -96,7 +101,13 @@ def main(argv: Sequence[str]) -> None:
     setups = [(name, setup) for name, each in schedulers.SETUPS.items() for setup in each]
     every = {
         PIPELINES: [pipeline(name, ways.pipeline(name)) for name in CASES],
-        SCHEDULERS: [scheduler(*setup, ways.scheduler(*setup)) for setup in setups],
+        SCHEDULERS: sorted(
+            [
+                *(scheduler(*setup, ways.scheduler(*setup)) for setup in setups),
+                *map(other, schedulers.OTHER),
+            ],
+            key=lambda row: row[0],
+        ),
         LEVELS: [
             levels(name, setup, ways.levels(name, setup))
             for name, setup in ((name, schedulers.SETUPS[name][k]) for name, k in leveled())

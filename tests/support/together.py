@@ -53,8 +53,18 @@ class Total(torch.autograd.Function):
     backward = forward
 
 
+class Unsummed(Total):
+    """A sum over the ranks whose backward forgets that all of them have read it."""
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 class Mixer(nn.Module):
     """Tokens [B, T, C] that see one another's mean; with ``split`` each rank has some of them."""
+
+    total = Total
 
     def __init__(self, split=False):
         super().__init__()
@@ -69,7 +79,7 @@ class Mixer(nn.Module):
             x = x.chunk(dist.get_world_size(), 1)[dist.get_rank()]
         total = x.sum(1, keepdim=True)
         if self.split:
-            total = Total.apply(total)
+            total = self.total.apply(total)
         x = torch.tanh(self.token(x) + self.mean(total / count))
         return Gathered.apply(x) if self.split else x
 
@@ -121,6 +131,19 @@ def the_check_passes_on_all_ranks():
     parallel = Mixer(split=True)
     report = gs.check(gs.distributed.replicated(parallel), z0, SIGMAS, cond=cond)
     assert report.passed, str(report)
+
+
+@case
+def the_check_finds_a_wrong_backward_on_all_ranks():
+    """The run goes through, its gradient is wrong; and so is one whose shares nobody has summed."""
+    cond = {"shift": normal(2, 6, 3, seed=1)}
+    wrong = Mixer(split=True)
+    wrong.total = Unsummed
+    for network in (gs.distributed.replicated(wrong), Mixer(split=True)):
+        z0 = normal(2, 6, 3).requires_grad_()
+        report = gs.check(network, z0, SIGMAS, cond=cond)
+        assert not report.passed
+        assert "differ" in str(report), str(report)
 
 
 @case
@@ -208,8 +231,6 @@ def dtensors_run_by_their_parts():
     expected.square().sum().backward()
     for dim in (0, 1, 2):
         z0 = distribute_tensor(whole.detach(), mesh, [Shard(dim)]).requires_grad_()
-        with pytest.raises(ValueError, match=r"z0 must be a plain tensor, got a DTensor; give its"):
-            gs.sample(denoiser, z0, SIGMAS)
         noise = gs.noise.Sharded.of(source, z0)
         x = gs.sample(denoiser, z0.to_local(), SIGMAS, noise=noise, **options)
         own = distribute_tensor(expected.detach(), mesh, [Shard(dim)]).to_local()

@@ -19,7 +19,7 @@ MEMORIES = ("auto", "blocks", "frames", "halo", "store", "tiles")
 
 
 def decode(
-    vae: Any, latents: Tensor, *args: Any, memory: str = "auto", tile: int = 256, **kwargs: Any
+    vae: Any, latents: Tensor, *args: Any, memory: str = "auto", tile: int = 128, **kwargs: Any
 ) -> Tensor:
     """``vae.decode(latents)`` with the activations that its backward needs bounded.
 
@@ -135,10 +135,9 @@ def _by_halos(vae: Any, latents: Tensor, tile: int) -> Tensor:
     x = latents if vae.post_quant_conv is None else vae.post_quant_conv(latents)
     x = blocks.blockwise(decoder.mid_block)(decoder.conv_in(x))
     units = _units(decoder)
-    below = 2 ** (len(units) - 1)
-    for unit in units:
+    for k, unit in enumerate(units):  # the first one magnifies nothing, each other one twice
+        below = 2 ** (len(units) - max(1, k))
         x = exact_tiles(unit, x, max(8, tile // below))
-        below = max(1, below // 2)
     return x
 
 

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsampler import _checks, arguments
+from gradsampler import _checks, arguments, policies
 from gradsampler.arguments import Denoiser
 from gradsampler.elementary import Coefficient
+from gradsampler.engine import parts
+from gradsampler.engine.policy import Policy
 from gradsampler.memory import capacity
 from gradsampler.memory.base import Memory
 from gradsampler.memory.capacity import readable
 from gradsampler.memory.planning import following, footprint
 from gradsampler.memory.planning.following import After, Following
-from gradsampler.memory.planning.footprint import Footprint
+from gradsampler.memory.planning.footprint import Footprint, undisturbed
 from gradsampler.memory.planning.predictor import Predictor, Row
 from gradsampler.memory.reversible import Reversible
 from gradsampler.noise.sources import NoiseSource
@@ -28,7 +30,7 @@ _TIE = 1.02  # times that are no farther apart count as the same
 
 @dataclass(frozen=True)
 class Plan:
-    """The strategies with what they take; printed it is a table, iterated over it is its rows."""
+    """What each strategy takes. Printing it shows a table; iterating gives its rows."""
 
     rows: tuple[Row, ...]
     budget: int  # bytes
@@ -115,6 +117,7 @@ def plan(
     backend: str | None = None,
     modules: Sequence[nn.Module] = (),
     after: After | None = None,
+    gradient: Policy | Sequence[Policy] | None = None,
 ) -> Plan:
     """Predicts what each memory strategy takes for a run and its backward.
 
@@ -130,14 +133,17 @@ def plan(
         after: from a sample [B, *state] to a scalar loss, such as
             ``lambda x: loss(gs.decode(decoder, x))``: what it takes, forward and backward, counts
             in all peaks. It is called once too.
+        gradient: as for it, too. The steps and calls that a policy leaves out cost less; ``factor``
+            is the time over that of store with the exact gradient.
         budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
             the device of z0.
 
     Returns:
         A `Plan` with a row for store, reversible (where the steps can be undone), checkpoint,
-        offload (on a device other than the CPU), and revolve with the fewest calls that fit and
-        take less than checkpoint, or with one slot; without the package checkpoint-schedules there
-        is no row of revolve. ``gs.sample(..., memory=plan.best)`` takes the fastest.
+        offload (on a device other than the CPU), and revolve with the fewest calls that fit, or
+        with one slot, where that takes less than checkpoint; without the package
+        checkpoint-schedules there is no row of revolve. ``gs.sample(..., memory=plan.best)`` takes
+        the fastest.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any model call.
@@ -176,6 +182,9 @@ def plan(
         state_dtype=state_dtype,
         backend=backend,
     )
+    policy = policies.resolve(gradient)
+    with undisturbed((), z0.device, parts.reachable(policy).generators):
+        placed = policy.placed(program.num_steps)
     room = capacity.free(z0.device) if room is None else room
     if room is None:
         _checks.fail("budget", "be given where the free memory is not known", budget)
@@ -184,5 +193,16 @@ def plan(
     then = Following() if after is None else following.measured(after, z0)
     call = footprint.measured(trajectory, z.requires_grad_())
     converted = z0.dtype != trajectory.state_dtype
-    predictor = Predictor(program, call, converted, room, integers, then)
+    given = tuple(trajectory.given(z))
+    predictor = Predictor(
+        program,
+        call,
+        converted,
+        room,
+        integers,
+        then,
+        placed,
+        given,
+        injected=trajectory.noise.of_z0,
+    )
     return Plan(tuple(predictor.rows(away=z0.device.type != "cpu")), room, predictor)
