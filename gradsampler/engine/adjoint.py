@@ -306,9 +306,8 @@ class Adjoint:
         self, evaluation: Evaluation, asking: Sequence[Cotangents], inner: dict[int, Tensor]
     ) -> None:
         """Calls the model again and pulls the cotangents of its outputs back."""
-        if not self._reached(evaluation):
-            return
-        if not self._levels and not any(each.policy.pulls(evaluation.step) for each in asking):
+        pulls = self._levels or any(each.policy.pulls(evaluation.step) for each in asking)
+        if not pulls or not self._reached(evaluation):
             self._skip(evaluation)
             return
         call = self._again(evaluation)
