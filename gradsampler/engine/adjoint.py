@@ -321,13 +321,13 @@ class Adjoint:
 
     def _skip(self, evaluation: Evaluation) -> None:
         """Passes over a call that is not pulled back."""
-        if evaluation.state in self._index:
+        if self._reached(evaluation):
             self._load(evaluation)
 
     def _reached(self, evaluation: Evaluation) -> bool:
-        """Whether the call comes after the first that a gradient asks for, or is that."""
+        """Whether backward makes the call again, for something that requires grad."""
         k = self._index.get(evaluation.state)
-        return self._begin is not None and (k is None or k >= self._begin)
+        return k is not None and self._begin is not None and k >= self._begin
 
     def _differentiate(
         self,
