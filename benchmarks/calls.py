@@ -50,6 +50,13 @@ def half(x: Tensor, sigma: Tensor) -> Tensor:
     return 0.5 * x
 
 
+def sine(x: Tensor, sigma: Tensor) -> Tensor:
+    """One that autograd saves its input for. For `half` it saves nothing, and so
+    torch.utils.checkpoint never makes its call again.
+    """
+    return x.sin()
+
+
 def euler(denoiser: Step, x: Tensor, s: float, t: float) -> Tensor:
     """One step as a user writes it."""
     denoised = denoiser(x, x.new_full((len(x),), s))
@@ -173,9 +180,10 @@ def sampling(table: Rows, cores: str, steps: int, rounds: int) -> None:
     """`gs.sample` around a denoiser that costs nothing."""
     levels, z0 = gs.schedules.karras(steps), torch.randn(1, 4)
     asking = z0.clone().requires_grad_()
-    for title, noisy in (("ODE", False), ("sincos and churn", True)):
-        run = partial(ours, half, levels=levels, noisy=noisy)
-        hand = partial(loop, half, levels=levels, noisy=noisy)
+    kinds = (("ODE", half, False), ("ODE of a sine", sine, False), ("sincos and churn", half, True))
+    for title, denoiser, noisy in kinds:
+        run = partial(ours, denoiser, levels=levels, noisy=noisy)
+        hand = partial(loop, denoiser, levels=levels, noisy=noisy)
         groups: dict[str, dict[str, Run]] = {
             "no grad": {
                 "by hand": silent(lambda hand=hand: hand(z0, again=False)),
