@@ -11,6 +11,7 @@ make bench
 
 import argparse
 import math
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +49,13 @@ class Tiny(nn.Module):
 def half(x: Tensor, sigma: Tensor) -> Tensor:
     """The denoiser that costs least, so that what is timed is what is around it."""
     return 0.5 * x
+
+
+def sine(x: Tensor, sigma: Tensor) -> Tensor:
+    """One that autograd saves its input for. For `half` it saves nothing, and so
+    torch.utils.checkpoint never makes its call again.
+    """
+    return x.sin()
 
 
 def euler(denoiser: Step, x: Tensor, s: float, t: float) -> Tensor:
@@ -173,9 +181,10 @@ def sampling(table: Rows, cores: str, steps: int, rounds: int) -> None:
     """`gs.sample` around a denoiser that costs nothing."""
     levels, z0 = gs.schedules.karras(steps), torch.randn(1, 4)
     asking = z0.clone().requires_grad_()
-    for title, noisy in (("ODE", False), ("sincos and churn", True)):
-        run = partial(ours, half, levels=levels, noisy=noisy)
-        hand = partial(loop, half, levels=levels, noisy=noisy)
+    kinds = (("ODE", half, False), ("ODE of a sine", sine, False), ("sincos and churn", half, True))
+    for title, denoiser, noisy in kinds:
+        run = partial(ours, denoiser, levels=levels, noisy=noisy)
+        hand = partial(loop, denoiser, levels=levels, noisy=noisy)
         groups: dict[str, dict[str, Run]] = {
             "no grad": {
                 "by hand": silent(lambda hand=hand: hand(z0, again=False)),
@@ -196,6 +205,35 @@ def sampling(table: Rows, cores: str, steps: int, rounds: int) -> None:
             agree(ways)
             shape = f"1x4 N={steps}, 1 thread, {cores}"
             measured(table, f"sample, {title}, {name}", ways, shape, rounds, steps, thread)
+
+
+def large_state(table: Rows, cores: str, size: int, steps: int, rounds: int) -> None:
+    """A step on a state of many elements without gradient: its time, and its page faults."""
+    torch.set_num_threads(2)
+    levels, z0 = gs.schedules.karras(steps), torch.randn(1, size)
+    ways = {
+        "by hand": silent(lambda: loop(half, z0, levels, noisy=False, again=False)),
+        "gs.sample": silent(lambda: ours(half, z0, levels, noisy=False)),
+    }
+    agree(ways)
+    shape = f"1x{size} N={steps}, 2 threads, {cores}"
+    for name, run in ways.items():
+        count = faults(run) / steps * resource.getpagesize() / (4 * size)
+        metric = "memory faulted in, in states"
+        table.append(
+            rows.row("sample, ODE, no grad", name, shape, "float32", metric, "1", (count,) * 3)
+        )
+        print(f"{name}: {count:.2f} states faulted in by step", flush=True)
+    measured(table, "sample, ODE, no grad", ways, shape, rounds, steps, timing.wall)
+    torch.set_num_threads(1)
+
+
+def faults(run: Run) -> int:
+    """Page faults of a run, after one that does not count."""
+    run()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def compiled(table: Rows, cores: str, steps: int, stretch: int, rounds: int) -> None:
@@ -252,7 +290,7 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="small sizes, writes nothing")
     parser.add_argument("--cores", default="quiet cores", help="what the rows say of them")
     parser.add_argument(
-        "--only", choices=("op", "sample", "network", "compiled"), help="one part alone"
+        "--only", choices=("op", "sample", "large", "network", "compiled"), help="one part alone"
     )
     arguments = parser.parse_args()
     small, only, cores = arguments.rehearse, arguments.only, arguments.cores
@@ -263,6 +301,8 @@ def main() -> None:
         public_op(table, cores, 2**12 if small else 2**24, 2 if small else 15)
     if only in (None, "sample"):
         sampling(table, cores, 3 if small else 200, 1 if small else 15)
+    if only in (None, "large"):
+        large_state(table, cores, 2**12 if small else 2**24, 8, 1 if small else 7)
     if only in (None, "network"):
         tiny_network(table, cores, 3 if small else 200, 1 if small else 9)
     if only in (None, "compiled"):

@@ -143,12 +143,12 @@ class Adjoint:
     def _call(self, evaluation: Evaluation, x: Tensor, scaled: Tensor | None = None) -> Call:
         """Calls the model; its input and its level have no graph before them."""
         scaled, level = self._trajectory.model_input(evaluation, x, scaled)
-        scaled = graph.input_of(scaled)
         level = level.clone()  # a denoiser may change it
-        if self._levels:
-            level = graph.input_of(level)
         cond = self._trajectory.cond.filled(self._cond)
         with torch.enable_grad():
+            scaled = graph.input_of(scaled)
+            if self._levels:
+                level = graph.input_of(level)
             outputs = self._trajectory.call(evaluation, scaled, level, cond)
         return Call(x, scaled, level, outputs)
 

@@ -58,6 +58,8 @@ def input_of(x: Tensor, *, differentiated: bool = True) -> Tensor:
     leaf = x.detach().requires_grad_()
     if leaf.layout != torch.strided:  # of which there are no views
         return leaf
+    if torch.is_grad_enabled():
+        return leaf.view_as(leaf)
     with torch.enable_grad():
         return leaf.view_as(leaf)
 
