@@ -72,7 +72,7 @@ def append(rows: list[dict[str, str]], folder: Path = RESULTS) -> Path:
     path = folder / f"{around['device'].lower().replace(' ', '-')}.csv"
     fresh = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerows(line | around for line in rows)
