@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of a reward's gradient through a diffusers pipeline, and of a decode, against the
-resolution; ours beside the pipeline's own code with gradients on.
+resolution or the frames; ours beside the pipeline's own code with gradients on.
 
 make bench-pipelines
 """
@@ -22,6 +22,7 @@ from gradsampler.memory.planning.gauge import Live
 STEPS = 10
 SIZES = (128, 256, 512)
 DECODED = (128, 256, 512)
+FRAMES = (9, 17, 33)
 TILE = 128  # pixels of a side, in the last part
 Rows = list[dict[str, str]]
 
@@ -179,6 +180,35 @@ def decoded(table: Rows, sizes: tuple[int, ...], small: bool) -> None:
             report(table, "decode", memory, f"1x3x{size}x{size}", live.peak)
 
 
+def filmed(table: Rows, frames: tuple[int, ...], small: bool) -> None:
+    """A gradient through the decoder of a video autoencoder, Wan's but narrower, by its frames."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    network: Any = AutoencoderKLWan(
+        base_dim=4 if small else 16,
+        z_dim=4,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    network.eval().requires_grad_(False)
+    side = 4 if small else 8  # of the latents, eight times as fine in the video
+    for count in frames:
+        for memory in ("store", "blocks", "frames"):
+            generator = torch.Generator().manual_seed(0)
+            shape = (1, 4, 1 + (count - 1) // 4, side, side)
+            x = torch.randn(shape, generator=generator).requires_grad_()
+            with Live() as live:
+                y = gsd.decode(network, x, memory=memory)
+                torch.autograd.grad(y.square().mean(), x)
+                del y
+            shape = f"1x3x{count}x{8 * side}x{8 * side}"
+            report(table, "decode of a video", memory, shape, live.peak)
+
+
 def report(table: Rows, op: str, name: str, shape: str, peak: int) -> None:
     values = (float(peak),) * 3
     table.append(rows.row(op, name, shape, "float32", "peak live tensors", "B", values))
@@ -188,14 +218,16 @@ def report(table: Rows, op: str, name: str, shape: str, peak: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="small sizes, writes nothing")
-    parser.add_argument("--only", choices=("rewards", "decodes"), help="one part alone")
+    parser.add_argument("--only", choices=("rewards", "decodes", "videos"), help="one part alone")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     small, table = arguments.rehearse, Rows()
-    if arguments.only != "decodes":
+    if arguments.only in (None, "rewards"):
         rewarded(table, (64,) if small else SIZES, 2 if small else STEPS, small)
-    if arguments.only != "rewards":
+    if arguments.only in (None, "decodes"):
         decoded(table, (64,) if small else DECODED, small)
+    if arguments.only in (None, "videos"):
+        filmed(table, (5,) if small else FRAMES, small)
     if not small:
         print(f"{len(table)} rows appended to {rows.append(table)}")
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run costs under FSDP2: collectives, bytes gathered, and parameters gathered at once.
 
+And under DistributedDataParallel: reductions of its buckets, of which this network fills one.
+
     torchrun --standalone --nproc-per-node 2 benchmarks/sharding.py
 
 These are counts, the same on every machine; rows are appended to results/. With ``--rehearse``
@@ -15,9 +17,11 @@ import rows
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.nn.parallel import DistributedDataParallel
 
 import gradsampler as gs
 
@@ -88,6 +92,13 @@ def counted():
         FSDPParamGroup._to_unsharded, FSDPParamGroup._to_sharded = there, away
 
 
+def solver(memory):
+    """One that a strategy can run."""
+    if memory.startswith("truncated"):  # its last steps inject what carries a gradient to z0
+        return "euler_ancestral"
+    return "midpoint_reversible" if memory == "reversible" else "euler"
+
+
 def measure(memory, trained, reshard=None):
     """One run and its backward, counted."""
     torch.manual_seed(0)
@@ -98,16 +109,27 @@ def measure(memory, trained, reshard=None):
     fully_shard(network, mesh=mesh, reshard_after_forward=reshard)
     levels = gs.schedules.karras(CALLS, final="zero")
     z0 = torch.randn(2, 8).requires_grad_()
-    options = {"memory": memory}
-    if memory.startswith("truncated"):  # its last steps inject what carries a gradient to z0
-        options["solver"] = "euler_ancestral"
-    elif memory == "reversible":
-        options["solver"] = "midpoint_reversible"
     with counted() as count:
-        x = gs.sample(network, z0, levels, **options)
+        x = gs.sample(network, z0, levels, memory=memory, solver=solver(memory))
         forward = dict(count)
         x.square().sum().backward()
     count["all-gathers forward"] = forward["all-gathers"]
+    return count
+
+
+def measure_copies(memory):
+    """One run under DistributedDataParallel and its backward."""
+    torch.manual_seed(0)
+    network, count = DistributedDataParallel(Network()), Counter()
+
+    def reduces(state, bucket):
+        count["all-reduces"] += 1
+        return allreduce_hook(None, bucket)
+
+    network.register_comm_hook(None, reduces)
+    levels = gs.schedules.karras(CALLS, final="zero")
+    z0 = torch.randn(2, 8).requires_grad_()
+    gs.sample(network, z0, levels, memory=memory, solver=solver(memory)).square().sum().backward()
     return count
 
 
@@ -128,6 +150,12 @@ def main():
                 results.append(rows.row("fsdp2", variant, shape, "float32", metric, unit, value))
                 if dist.get_rank() == 0:
                     print(f"{variant:24} {metric:20} {number}")
+    for memory in MEMORIES[:-1]:  # truncated, it waits for the calls that have no gradient
+        for metric, number in measure_copies(memory).items():
+            value, variant = (float(number),) * 3, f"{memory}, trained"
+            results.append(rows.row("ddp", variant, shape, "float32", metric, "calls", value))
+            if dist.get_rank() == 0:
+                print(f"{variant:24} {metric:20} {number}")
     if dist.get_rank() == 0 and not options.rehearse:
         rows.append(results)
     dist.barrier()  # nobody leaves while another still waits for it

@@ -17,7 +17,7 @@ __all__ = ["Pair", "logit_normal", "shift_times", "training_pair"]
 
 
 class Pair(NamedTuple):
-    """What a network is trained on: it sees x_t at time t and ought to return v."""
+    """A training example: from x_t and t the network should predict v."""
 
     x_t: Tensor  # [B, *state] between data and noise
     t: Tensor  # [B] flow times
@@ -29,7 +29,7 @@ def shift_times(t: Tensor, shift: float | Tensor) -> Tensor:
     """Flow times pushed towards the noise: ``t' = m t / (1 + (m-1) t)``.
 
     Esser et al. 2024, arXiv 2403.03206, eq. 23. In the logit of t it is a translation by ln m; 0
-    and 1 stay where they are, to the bit. Differentiable in both arguments.
+    and 1 are kept exactly. Differentiable in both arguments.
 
     Args:
         t: flow times in [0, 1], floating, of any shape.

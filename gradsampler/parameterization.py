@@ -230,8 +230,8 @@ class VP(Parameterization):
         network: network(x_vp [B, *state], timestep [B], **cond).
         alphas_cumprod: [T] decreasing, in (0, 1); the last may be 0.
         prediction: "epsilon" | "v" | "x0".
-        timesteps: [N] or [N+1], what the network is told at each level of a run of N steps, for
-            upstreams that round; `Timesteps`. None is the formula.
+        timesteps: [N] or [N+1] timesteps that the network gets at each level of a run of N steps,
+            as some projects round them; see `Timesteps`. None computes them from the levels.
         modules: as of `EDM`.
     """
 
@@ -308,8 +308,8 @@ class Flow(Parameterization):
     Args:
         network: network(x_t [B, *state], t [B], **cond) -> velocity e - x0 (Lipman et al. 2023,
             arXiv 2210.02747, with x_t = (1-t)*x0 + t*e).
-        timesteps: [N] or [N+1], what the network is told in place of t at each level of a run of
-            N steps, for upstreams that scale and round; `Timesteps`. None is t.
+        timesteps: [N] or [N+1] numbers that the network gets in place of t at each level of a run
+            of N steps, as some projects scale and round them; see `Timesteps`. None is t.
         modules: as of `EDM`.
 
     At an infinite level, which is t = 1, the state is noise alone.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards of images: callables from images in [0, 1] to one number a sample.
 
-Any function of that kind is a reward. Those here wrap networks that the caller has, of transformers
-as a rule, with preprocessing that passes the gradient on.
+Any function of that kind is a reward. Those here wrap networks that you have, usually of
+transformers, with differentiable preprocessing.
 """
 
 from collections.abc import Mapping, Sequence

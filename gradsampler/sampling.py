@@ -55,68 +55,70 @@ def sample(
     modules: Sequence[nn.Module] = (),
     compile: int | None = None,
 ) -> Tensor:
-    """Runs a sampler from the initial noise ``z0``; gradients flow back through all of it.
+    """Runs a sampler from the initial noise ``z0``, with gradients through the whole run.
 
-    They reach z0, ``start``, the tensors in ``cond``, the parameters and other leaves that the
-    denoiser uses, ``sigmas``, and what is a tensor of ``eta``, ``s_noise``, the amounts of a
-    `Churn`, the scale of a `Guided`, the numbers of a `noise.SinCos` and a `noise.Given`.
+    Gradients reach z0, ``start``, the tensors in ``cond``, the parameters and other leaves that the
+    denoiser uses, and ``sigmas``; also, if they are tensors, ``eta``, ``s_noise``, the amounts of a
+    `Churn`, the scale of a `Guided`, and the numbers of a `noise.SinCos` or `noise.Given`.
 
     Args:
         denoiser: callable (x [B, *state], sigma [B], **cond) -> prediction of x's shape; or a
             network wrapped in `EDM`, `VP`, `Flow` or `Guided`.
-        z0: [B, *state] standard normal of a floating dtype; the state starts at sigmas[0] * z0, and
-            the injected noise is made of it. Or a DTensor, cut along the batch or along the state:
-            then the denoiser gets DTensors, ``start`` and the tensors in ``cond`` are such, the
-            noise is that of the whole by global index, and so is each gradient.
-        sigmas: [N+1] noise levels, N >= 1, or [N+1, B] those of each sample; positive but for a
-            last one of 0, and decreasing for solvers that are `monotone`. With
-            ``prediction="flow"`` flow times of at most 1. The first may be infinite for `VP` and
-            `Flow`: a start from noise alone, z0 itself. Taken to float64; may require grad.
+        z0: [B, *state] standard normal noise of a floating dtype. The state starts at
+            sigmas[0] * z0, and the default noise of later steps is computed from it. It may be a
+            DTensor, cut along the batch or along the state. Then the denoiser gets DTensors,
+            ``start`` and the tensors in ``cond`` have to be DTensors too, and noise and gradients
+            are those of the undivided run.
+        sigmas: [N+1] noise levels, N >= 1, or [N+1, B] for levels of each sample. Positive, but the
+            last may be 0; decreasing for solvers that are `monotone`. With ``prediction="flow"``
+            they are flow times of at most 1. For `VP` and `Flow` the first may be infinite: a start
+            from noise alone, z0 itself. Converted to float64; may require grad.
         solver: a name of `solvers.names()`, or a `Solver`.
         prediction: what a plain callable returns: "x0" | "epsilon" | "v" | "flow".
         noise: the injected noise, a `gradsampler.noise` object. None injects nothing in a
             deterministic run and SignedRoll(seed=0) in a stochastic one.
         churn: raises the level before each step (Karras et al. 2022, algorithm 2).
-        eta: amount of noise of an ancestral or SDE solver; None is the solver's own default. A 0-d
-            tensor above 0 receives its gradient.
+        eta: amount of noise of an ancestral or SDE solver; None is the solver's own default. If it
+            is a 0-d tensor above 0 it receives its gradient.
         s_noise: factor of the noise of such a solver; a 0-d tensor receives its gradient.
         memory: "auto" | "store" | "checkpoint" | "offload" | "revolve:SLOTS" | "reversible" |
             "truncated:STEPS", or a `gradsampler.memory` object. "auto" stores the activations of
             as many model calls as fit in memory, and recomputes the others in backward.
         gradient: a policy of `gradsampler.policies`, or a list of them, for a gradient that is not
-            that of the run: `LastSteps`, `DetachedInput` and others. None is the exact one.
+            that of the run: `LastSteps`, `DetachedInput` and others. None is the exact gradient.
         start: [B, *state] the state at sigmas[0], for a run that does not start from noise alone:
-            ``x + sigmas[0] * noise`` to purify or edit an image x. z0 then is the source of the
-            injected noise alone, so it has to be independent of the noise in ``start``. At an
-            infinite level the state is divided by it. None is sigmas[0] * z0.
-        final_denoise: one last denoiser call at sigmas[-1], whose prediction is returned.
+            ``x + sigmas[0] * noise`` to purify or edit an image x. z0 is then only the source of
+            the injected noise, and has to be independent of the noise in ``start``. At an infinite
+            level, the state divided by the level. None is sigmas[0] * z0.
+        final_denoise: makes one last denoiser call at sigmas[-1], and returns its prediction.
         cond: passed on to the denoiser as keyword arguments.
         callback: called after each step with a `StepInfo`.
         progress: shows a bar.
         state_dtype: dtype of the state between model calls; None keeps z0's, float32 at least. The
             model is called in the dtype that its parameters share, else in z0's.
         backend: a name of `backends.available()`, or None for the fastest present.
-        check_finite: raises where a state or a gradient is not finite: at once on the CPU, else at
-            the end of the run or of its backward, which read back once.
-        monitor: a `Monitor`, which sees the gradient pass in the backward.
-        modules: the nn.Modules behind a denoiser that is a plain callable such as a lambda: their
-            dtype is that of the calls, and their buffers and generators are known.
-        compile: how many steps are one compiled graph, their model calls included; None compiles
-            nothing. What a memory strategy keeps or makes again is then such a stretch. A graph
-            serves all stretches of its form, of later runs as well, as long as the denoiser is the
-            same object; the steps that are left over are not compiled. Without a callback, and not
-            for "reversible" and "truncated". Numbers are those of a compiled denoiser: to rounding.
+        check_finite: raises if a state or a gradient is not finite: at once on the CPU, else at the
+            end of the run or of its backward, each with one copy to the host.
+        monitor: a `Monitor`, which records the gradient in backward.
+        modules: the nn.Modules inside a denoiser that is a plain callable such as a lambda, so that
+            their dtype, buffers and generators are known.
+        compile: how many steps become one compiled graph with their model calls; None compiles
+            nothing. Memory strategies then store or recompute such groups of steps. A graph is used
+            for all groups of the same form, also in later runs, as long as the denoiser is the same
+            object; steps that are left over are not compiled. Callbacks, "reversible" and
+            "truncated" are not possible with it. Results are those of a compiled denoiser, up to
+            rounding.
 
     Returns:
-        [B, *state] of z0's dtype, a DTensor laid out as z0 where that is one.
+        [B, *state] of z0's dtype; a DTensor with z0's placements if z0 is one.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any model call.
         NonFiniteError: with ``check_finite``, naming the step and the level.
 
     Warns:
-        NoiseWarning: where the injected noise is made of a z0 that is plainly not standard normal,
-            and would be standard normal else.
+        NoiseWarning: if the injected noise is computed from a z0 that is clearly not standard
+            normal.
 
     Example:
         >>> import torch, gradsampler as gs

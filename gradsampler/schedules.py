@@ -2,8 +2,8 @@
 """Noise levels, flow times, betas and respaced timesteps, in float64 on the host.
 
 Continuous schedules come in two forms. ``final="sigma_min"`` gives ``steps + 1`` levels that end at
-sigma_min; ``final="zero"`` gives ``steps`` levels that end at sigma_min and then 0. Either way
-the first level and the last positive one are the given bounds to the bit.
+sigma_min; ``final="zero"`` gives ``steps`` levels that end at sigma_min and then 0. In both forms
+the first level and the last positive one are exactly the given bounds.
 """
 
 import math

@@ -84,7 +84,7 @@ def test_pipelines_benchmark_rehearses():
     pytest.importorskip("diffusers")
     done = run("benchmarks/pipelines.py", "--rehearse", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    for part in ("pipeline with gradients on ", "checkpoint, decode halo ", "tiles "):
+    for part in ("pipeline with gradients on ", "checkpoint, decode halo ", "tiles ", "frames "):
         assert part in done.stdout
 
 

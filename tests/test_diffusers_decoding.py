@@ -10,6 +10,7 @@ import gradsampler.integrations.diffusers as gsd
 from gradsampler.memory.planning.gauge import Live
 from support.alive import no_collector
 from support.pipelines import apart, diffusers, vae
+from support.tiers import few
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
@@ -125,6 +126,31 @@ def test_a_video_with_a_causal_cache_is_the_same_to_the_bit(build, memory):
     ours = gsd.decode(network, x, memory=memory)
     assert torch.equal(ours, whole)
     assert apart(gradient(ours, x), gradient(whole, x)) < 1e-12
+
+
+@pytest.mark.parametrize("memory", few(["frames", "blocks", "store"], "frames"))
+def test_a_video_leaves_nothing_behind(memory):
+    """No call holds the lists of remembered frames, which come to hold what it returns."""
+    network, x = wan(), latents(1, 4, 3, 2, 2)
+    with no_collector(), Live() as counter:
+        y = gsd.decode(network, x, memory=memory)
+        found = gradient(y, x)
+        del y
+        assert counter.live < 2 * found.nbytes
+
+
+@pytest.mark.thorough
+def test_frames_keep_less_than_blocks():
+    network = wan()
+
+    def kept(memory, count):
+        x = latents(1, 4, count, 4, 4)
+        with no_collector(), Live() as counter:
+            y = gsd.decode(network, x, memory=memory)
+            return counter.live - y.nbytes
+
+    for_a_chunk = {m: kept(m, 9) - kept(m, 5) for m in ("store", "blocks", "frames")}
+    assert for_a_chunk["frames"] < 0.7 * for_a_chunk["blocks"] < 0.5 * for_a_chunk["store"]
 
 
 def test_a_layer_without_a_halo_is_named():

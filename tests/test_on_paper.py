@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The estimates of docs/scaling.md agree with what was counted, and with sums made by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,22 @@ def test_arithmetic_is_that_of_the_products_of_matrices(paper):
     trained = paper.Layout(1, 1, trained=True)
     assert paper.backward(trained) == pytest.approx((3 * weights + 3.5 * attention) / 400e12)
     assert paper.gathering(layout, 100) == paper.exchanging(layout, 100) == 0
+
+
+def test_the_pages_say_what_is_calculated(paper):
+    def told(page, pattern):
+        text = " ".join((ROOT / "docs" / page).read_text().split())
+        (found,) = re.findall(pattern, text)
+        return found
+
+    node, one = paper.Layout(8, 8), paper.Layout(1, 1)
+    peaks = {row.name: round((node.fixed() + row.peak) / 1e9) for row in paper.strategies(node)}
+    pattern = r'`"checkpoint"` takes (\d+) GB a GPU and `"store"` (\d+) GB'
+    assert told("distributed.md", pattern) == (str(peaks["checkpoint"]), str(peaks["store"]))
+    together = round((one.one_call() + one.one_block()) / 1e9)
+    assert told("scaling.md", r"one call with its backward takes (\d+) GB") == str(together)
+    assert told("scaling.md", r"with ([\d.]+) billion") == f"{paper.model().whole / 1e9:.1f}"
+    assert told("scaling.md", r"which is ([\d,]+) tokens") == f"{paper.TOKENS:,}"
 
 
 def test_links_of_one_node_and_of_several(paper):

@@ -35,10 +35,6 @@ def ran(k):
     return names
 
 
-def test_it_names_how_many_solvers_there_are():
-    assert f"[{len(gs.solvers.names())} solvers](docs/solvers.md)" in text()
-
-
 def test_has_an_example_of_fifteen_lines():
     lines = [line for line in blocks()[0].splitlines() if line.strip()]
     assert 5 <= len(lines) <= 15

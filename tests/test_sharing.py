@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs in two processes: training under DistributedDataParallel and fully_shard, agreement."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gradsampler.app.cli import main
 from support import agreeing, ranks, searching, spread, together
 from support.sharing import MEMORIES, TARGETS, WAYS, WRAPPERS
 
@@ -32,11 +34,8 @@ QUICK_SPREAD = [
     "what_cannot_be_served_is_an_error_at_the_door",
 ]
 
-# What is unlike in kind meets everything; the flags of a wrapper meet what they could disturb.
 CELLS = [
-    *product(["ddp", "ddp-unused", "ddp-static", "fsdp", "hsdp-2x1"], MEMORIES, ["all"], ["once"]),
-    *product(WRAPPERS, ["store", "checkpoint", "revolve", "auto"], ["all"], ["once"]),
-    *product(["ddp", "fsdp"], ["store", "checkpoint", "reversible", "auto"], TARGETS, ["once"]),
+    *product(WRAPPERS, MEMORIES, TARGETS, ["once"]),
     *product(["ddp", "fsdp", "hsdp-1x2"], ["store", "checkpoint", "auto"], ["all"], WAYS),
     *product(WRAPPERS, ["checkpoint"], ["all"], ["twice", "joint", "no_sync"]),
 ]
@@ -70,6 +69,15 @@ def test_the_cheapest_of_each_kind(tmp_path):
 @pytest.mark.parametrize("cases", ranks.chunks([c for c in CASES if c not in QUICK]))
 def test_gradients_are_those_of_one_process(cases, tmp_path):
     ranks.check([f"sharing {case}" for case in cases], tmp_path)
+
+
+@pytest.mark.thorough
+def test_two_shards_and_two_copies(tmp_path):
+    """HSDP on four ranks."""
+    cells = product(["hsdp-2x2"], MEMORIES, ["all"], ["once"])
+    ways = product(["hsdp-2x2"], ["checkpoint", "auto"], ["all"], WAYS)
+    cases = ["/".join(cell) for cell in (*cells, *ways)]
+    ranks.check([f"sharing {case}" for case in cases], tmp_path, world=4)
 
 
 @pytest.mark.thorough
@@ -114,6 +122,27 @@ def torchrun(*command, folder):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@pytest.mark.thorough
+def test_the_command_line_shares_its_noises(tmp_path):
+    """Ranks of torchrun find what one process does, and write once."""
+    script = tmp_path / "command.py"
+    script.write_text("import sys\nfrom gradsampler.app.cli import main\nassert main() == 0\n")
+    found = []
+    for objective in ("digit", "diverge"):
+        command = ["optimize", "--objective", objective, "--starts", 3, "--steps", 4]
+        command += ["--iterations", 3, "--out"]
+        assert main([*map(str, command), str(tmp_path / "alone")]) == 0
+        said = torchrun(script, *command, tmp_path / "shared", folder=tmp_path)
+        assert said.count("picture:") == 1
+        for folder in ("alone", "shared"):
+            found.append(json.loads((tmp_path / folder / f"{objective}.json").read_text()))
+        alone, shared = found[-2:]
+        assert shared["after"] == pytest.approx(alone["after"], rel=1e-4)
+        assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-5)
+        losses = [[step["loss"] for step in each["history"]] for each in (alone, shared)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.thorough

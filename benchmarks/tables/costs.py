@@ -107,10 +107,11 @@ def kernels() -> str:
     return markdown(("kernel", "float32", "bf16", "memory bound below", "limit set"), lines)
 
 
-def pixels(op: str, ways: tuple[str, ...], shape: str) -> str:
-    """Peaks by the side of an image."""
+def pixels(
+    op: str, ways: tuple[str, ...], shape: str, sides: tuple[int, ...] = (128, 256, 512)
+) -> str:
+    """Peaks by the side of an image, or by another size."""
     found = rows.latest(op)
-    sides = (128, 256, 512)
     return markdown(
         ("", *map(str, sides)),
         (
@@ -131,9 +132,11 @@ PIPELINES = (
     "the pipeline, enable_gradient_checkpointing",
     "checkpoint, decode blocks",
     "revolve:2, decode blocks",
-    "revolve:2, decode halo",
 )
 DECODERS = ("store", "blocks", "halo", "tiles")
+
+
+VIDEOS = ("store", "blocks", "frames")
 
 
 def collectives() -> str:
@@ -158,5 +161,6 @@ TABLES = {
     "kernels": kernels,
     "pipeline-peaks": lambda: pixels("pipeline", PIPELINES, "1x3x{0}x{0} N=10"),
     "decode-peaks": lambda: pixels("decode", DECODERS, "1x3x{0}x{0}"),
+    "video-peaks": lambda: pixels("decode of a video", VIDEOS, "1x3x{0}x64x64", (9, 17, 33)),
     "collectives": collectives,
 }

@@ -36,7 +36,7 @@ def work(start: str) -> str:
 
 
 FIVE = {
-    "autograd": "a loop of one's own, autograd",
+    "autograd": "your own loop, plain autograd",
     "torch.utils.checkpoint": "`torch.utils.checkpoint` around each step",
     "diffusers EulerDiscreteScheduler": "a diffusers scheduler, gradients on",
     "k-diffusion sample_euler": "k-diffusion without its `no_grad`",

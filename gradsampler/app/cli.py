@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gradsampler import _checks, gradient_flow, models, noise, schedules, solvers
@@ -225,5 +226,12 @@ def _optimize(arguments: argparse.Namespace) -> int:
         memory=arguments.memory,
         seed=arguments.seed,
     )
-    print(demo.run(arguments.out))
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        print(demo.run(arguments.out))
+        return 0
+    dist.init_process_group("gloo")
+    if report := demo.run(arguments.out, group=dist.group.WORLD):
+        print(report)
+    dist.barrier()  # nobody leaves while another still waits for it
+    dist.destroy_process_group()
     return 0

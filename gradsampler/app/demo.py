@@ -20,6 +20,7 @@ from gradsampler.app import picture
 from gradsampler.noise.sources import NoiseSource, SignedRoll
 from gradsampler.optimization import regularizers
 from gradsampler.optimization.optimize import OptimizeResult, optimize
+from gradsampler.optimization.team import Team
 from gradsampler.parameterization import EDM
 from gradsampler.sampling import sample
 from gradsampler.solvers import Churn
@@ -115,14 +116,15 @@ class Demo:
     memory: str = "checkpoint"
     seed: int = 0
 
-    def run(self, out: Path, *, progress: bool = True) -> str:
+    def run(self, out: Path, *, progress: bool = True, group: Any = None) -> str:
         """Optimises, and writes ``<objective>.png`` and ``.json`` into the folder ``out``.
 
         While it runs, ``<objective>.checkpoint`` there holds the last completed update; a run that
-        was interrupted goes on from it.
+        was interrupted goes on from it. The ranks of a process group share the starting noises; the
+        first of them writes the files.
 
         Returns:
-            A few lines that say what was reached and where the files are.
+            A few lines that say what was reached and where the files are; nothing on other ranks.
         """
         settings = self._sample_settings()
         make = OBJECTIVES[_checks.choice("--objective", self.objective, OBJECTIVES)]
@@ -135,7 +137,8 @@ class Demo:
         denoiser = EDM(network, network.sigma_data)
         with torch.no_grad():
             baseline = sample(denoiser, z0, levels, **settings)
-        objective.begin(baseline)
+        team = Team(group, self.starts)
+        objective.begin(team.own(baseline))
         checkpoint = out / f"{self.objective}.checkpoint"
         result = optimize(
             denoiser,
@@ -149,8 +152,12 @@ class Demo:
             checkpoint=checkpoint,
             identity={"objective": self.objective, "digit": str(self.digit), **self._image()},
             progress=progress,
+            group=group,
             **settings,
         )
+        if team.rank > 0:
+            return ""
+        objective.begin(baseline)
         report = self._written(out, objective, baseline, result)
         checkpoint.unlink()
         return report

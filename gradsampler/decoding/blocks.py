@@ -45,10 +45,11 @@ def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     every: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     lists = {key: x for key, x in every if isinstance(x, list)}
+    names = frozenset(lists)  # the lists will hold what the call returns: it must not hold them
 
     def pure(*args: Any, **kwargs: Any) -> Any:
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        own = {key: list(x) for key, x in given if key in lists}
+        own = {key: list(x) for key, x in given if key in names}
         filled = [own.get(k, x) for k, x in enumerate(args)]
         return module(*filled, **{key: own.get(key, x) for key, x in kwargs.items()}), own
 

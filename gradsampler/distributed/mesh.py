@@ -227,7 +227,8 @@ class Placed(Parameterization):
                 "denoiser: its weights and the tensors in cond",
                 "be DTensors where z0 is one",
                 "a plain tensor",
-                "call torch.distributed.tensor.distribute_module(network, z0.device_mesh)",
+                "call torch.distributed.tensor.distribute_module(network, z0.device_mesh); "
+                "or, as under fully_shard, run from z0.to_local() with noise=Sharded.of(noise, z0)",
             )
         return tuple(map(self._local, outputs))
 

@@ -26,12 +26,24 @@ class Replicated(nn.Module, Wrapper):
     def groups(self) -> list[Any]:
         return [self._group]
 
+    def check(self) -> None:
+        if self._sharded():
+            from gradsampler.engine.fully_sharded import check_summed  # loads FSDP
+
+            check_summed(self.module, dist.get_world_size(self._group))
+
+    def _sharded(self) -> list[nn.Module]:
+        """The modules whose weights are FSDP2's, which sums their gradients itself."""
+        return [each for each in self.module.modules() if hasattr(each, "_get_fsdp_state")]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output, with gradients that are those of one device."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         args, kwargs = pytree.tree_map(self._summed, (args, kwargs))
-        trained = {name: self._summed(p) for name, p in self.module.named_parameters()}
+        theirs = {id(p) for each in self._sharded() for p in each.parameters()}
+        named = self.module.named_parameters()
+        trained = {name: self._summed(p) for name, p in named if id(p) not in theirs}
         trained = {name: p for name, p in trained.items() if not isinstance(p, nn.Parameter)}
         if not trained:
             return self.module(*args, **kwargs)
@@ -40,6 +52,9 @@ class Replicated(nn.Module, Wrapper):
     def _summed(self, x: Any) -> Any:
         if not (isinstance(x, Tensor) and x.requires_grad):
             return x
+        if _checks.distributed(x):
+            hint = "DTensor's operations sum shares themselves: take the network as it is"
+            _checks.fail("replicated: each tensor", "be a plain one", "a DTensor", hint)
         return _Summed.apply(x, self._group)
 
 

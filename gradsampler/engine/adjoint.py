@@ -165,10 +165,10 @@ class Adjoint:
         found.leaves.pop(id(graph.leaf_of(call.level)), None)
         self._take(evaluation, call.outputs, found)
         if not passes and not self._detached and self._asked():
-            policy, step = self._trajectory.policy, evaluation.step
-            self._detached = self._trajectory.is_pulled(evaluation) and policy.enters(step)
+            pulled = self._trajectory.is_pulled(evaluation)
+            self._detached = pulled and self._trajectory.policy.enters(evaluation.step)
             if self._detached:
-                warnings.warn(GradientWarning(step), stacklevel=2)
+                warnings.warn(GradientWarning(evaluation.step), stacklevel=2)
         return call
 
     def _take(
@@ -181,15 +181,16 @@ class Adjoint:
         for key, leaf in found.leaves.items():
             if key not in self._leaves:
                 self._leaves[key] = leaf
-        if self._begin is None and evaluation.state in self._index and self._asked():
-            self._begin = self._index[evaluation.state]
+        if self._begin is None and self._asked():
+            self._begin = self._index.get(evaluation.state)
         if self._begin is not None:
             self._sketches[evaluation.state.call] = self._sketched(outputs)
 
     def _save(self, evaluation: Evaluation, x: Tensor) -> None:
         """Keeps the state that a call has seen, if a gradient may ask for it."""
-        if self._begin is not None and evaluation.state in self._index:
-            self._states.save(self._index[evaluation.state] - self._begin, x)
+        k = self._index.get(evaluation.state)
+        if self._begin is not None and k is not None:  # backward passes over others
+            self._states.save(k - self._begin, x)
 
     def _load(self, evaluation: Evaluation) -> Tensor:
         assert self._begin is not None

@@ -150,6 +150,28 @@ class FullySharded(Wrapper):
                 group.reduce_grads = reduce_grads
 
 
+def check_summed(module: nn.Module, ranks: int) -> None:
+    """Raises where FSDP2 does not sum shares of gradients over the ``ranks`` that have them.
+
+    It averages over all ranks that have shards; of those that compute one sample together it is to
+    be the sum.
+    """
+    for each in module.modules():
+        if not isinstance(each, FSDPModule):
+            continue
+        for group in _groups(each._get_fsdp_state()):
+            if not any(p.sharded_param.requires_grad for p in group.fsdp_params):
+                continue
+            factor = group.mesh_info.mesh.size() / ranks
+            if group.gradient_divide_factor != factor:
+                _checks.fail(
+                    "replicated: the weights within, by fully_shard,",
+                    "have their gradients summed over the ranks of a sample",
+                    "an average",
+                    f"call set_gradient_divide_factor({factor}) on each module with fully_shard",
+                )
+
+
 class _Sum:
     """Adds to the ``.grad`` of a gathered parameter, in time for FSDP's own hooks."""
 

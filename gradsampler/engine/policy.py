@@ -10,10 +10,10 @@ from gradsampler.engine.program import Program, Slot
 
 
 class Policy:
-    """Takes all derivatives, unless a subclass says otherwise; what one leaves out is a constant.
+    """Which derivatives backward takes: here all of them; subclasses leave some out.
 
-    A run with a policy gives the sample of the run without, and the gradient of another function:
-    of the run in which what the policy holds constant is detached.
+    A policy does not change the sample. It gives the gradient of another function: of the run in
+    which everything that the policy treats as a constant is detached.
     """
 
     @property

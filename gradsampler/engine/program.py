@@ -431,9 +431,9 @@ class Denoised(NamedTuple):
 
 
 class Recorder:
-    """Writes down the program of a solver, which computes with `Affine` in place of tensors.
+    """Records the program of a solver, whose code computes with `Affine` in place of tensors.
 
-    A loop of one's own, recorded with it, runs under every memory strategy: see `integrate`.
+    Record your own loop with it, and `integrate` runs it under every memory strategy.
 
     Args:
         denoiser: a `Parameterization`, or a plain callable.

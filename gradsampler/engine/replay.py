@@ -63,6 +63,11 @@ class Sketch(NamedTuple):
                 return cls(_summed(rows), terms, rounding)
         return cls(_summed(rows), terms, rounding)
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return self.sums.numel() * self.sums.element_size()
+
     def matches(self, again: Tensor) -> bool:
         """Whether another call's output is known at once to be the same, to the bit."""
         copied = self.terms == 1 and self.sums.device.type == "cpu" and again.device.type == "cpu"

@@ -25,7 +25,7 @@ from gradsampler.noise.sources import NoiseSource
 
 
 class GuidanceWarning(GradientWarning):
-    """Autograd sees no path from the input of cond_fn at ``step`` to its result."""
+    """The result of cond_fn at ``step`` does not depend differentiably on its input."""
 
     def __init__(self, step: int) -> None:
         UserWarning.__init__(

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drop-in for the RES sampler of NVIDIA Cosmos, with the gradient to the initial noise.
 
-It takes the place of Cosmos's ``imaginaire/modules/res_sampler.py``: the same names, fields, calls
-and numbers. docs/cosmos.md shows the line of a set-up to change, docs/seed-mechanisms.md compares
-the noise modes. ``2ab`` makes one model evaluation a step, the other options as many as their first
-digit says; ``num_steps`` counts evaluations, so it makes ``num_steps // order`` steps.
+It replaces Cosmos's ``imaginaire/modules/res_sampler.py``, with the same names, fields, calls and
+results. docs/cosmos.md shows the line to change, docs/seed-mechanisms.md compares the noise modes.
+``2ab`` makes one model evaluation a step, the other options as many as their first digit says.
+``num_steps`` counts evaluations, so there are ``num_steps // order`` steps.
 
 ``2heun_naive`` takes its first slope at the predicted state, ``(x_t - D(x_s, s))/s``, where Heun's
-method has ``(x_s - D(x_s, s))/s``. Cosmos does so, and the numbers are to be Cosmos's.
+method has ``(x_s - D(x_s, s))/s``: Cosmos does so, and the results have to be the same.
 """
 
 import logging
@@ -70,7 +70,7 @@ class SolverConfig:
 
 @dataclass
 class SolverTimestampConfig:
-    """The noise levels; ``is_forward`` is there for the form, no run reads it."""
+    """The noise levels; ``is_forward`` exists for compatibility and has no effect."""
 
     nfe: int = 50  # model evaluations, that of ``sample_clean`` not counted
     t_min: float = 0.002
@@ -81,7 +81,8 @@ class SolverTimestampConfig:
 
 @dataclass
 class SamplerConfig:
-    """A whole run. The added switches may as well be set on ``solver``, Cosmos's own included."""
+    """A whole run. The added switches may also be set on ``solver``, even on Cosmos's own
+    objects."""
 
     solver: SolverConfig = field(default_factory=SolverConfig)
     timestamps: SolverTimestampConfig = field(default_factory=SolverTimestampConfig)
@@ -173,7 +174,7 @@ def differential_equation_solver(
     solver_cfg: SolverConfig,
     callback_fns: Callbacks | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """A run without anchor and last prediction, which follows the grad mode in force.
+    """A run without `z0` and without the last prediction, under the current grad mode.
 
     Args:
         x0_fn: denoiser, called in float64.
@@ -212,14 +213,14 @@ def differential_equation_solver(
 
 
 class Sampler(nn.Module):
-    """Cosmos's sampler; ``z0`` is the anchor of the latest run with ``allow_grad``.
+    """Cosmos's sampler; ``z0`` is the initial noise of the latest run with ``allow_grad``.
 
-    The anchor is x_sigma_max / sigma_max, [B, *state] float64: a leaf ready for an optimiser, or,
-    where the caller's own tensor requires grad, a tensor on the way there that keeps its gradient.
+    It is x_sigma_max / sigma_max, [B, *state] float64: a leaf for an optimiser, or, if the caller's
+    own tensor requires grad, an intermediate tensor that keeps its gradient.
 
     Args:
-        cfg: where `forward` finds those of the added switches that are not arguments, and what
-            `_forward_impl` runs by default.
+        cfg: switches that are not given to `forward` as arguments, and the defaults of
+            `_forward_impl`.
     """
 
     def __init__(self, cfg: SamplerConfig | None = None) -> None:

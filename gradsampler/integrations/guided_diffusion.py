@@ -9,10 +9,10 @@ by ::
 
     diffusion = guided_diffusion.from_upstream(create_gaussian_diffusion(**options))
 
-and the methods for sampling take the same arguments and give the same numbers as those of
+and the methods for sampling take the same arguments and return the same values as those of
 openai/guided-diffusion (gaussian_diffusion.py, respace.py; Dhariwal and Nichol 2021,
-arXiv 2105.05233), with two differences: nothing runs under torch.no_grad unless the caller says so,
-and the tables stay in float64 where upstream rounds them to float32.
+arXiv 2105.05233), with two differences: nothing runs under torch.no_grad unless the caller puts it
+there, and tables stay in float64, where upstream rounds them to float32.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class GaussianDiffusion(Chain):
         betas: [T] variances, each strictly between 0 and 1, as `schedules.betas` makes them.
         model_mean_type: what the model predicts, "epsilon" | "x0" | "previous_x".
         model_var_type: "fixed_small" | "fixed_large" | "learned" | "learned_range".
-        rescale_timesteps: tells the model timesteps as if the process had 1000 of them.
+        rescale_timesteps: gives the model timesteps as if the process had 1000 of them.
         use_timesteps: those to visit, as `schedules.respace` chooses them; None visits all.
 
     Raises:

@@ -71,9 +71,9 @@ def get_res_lin_function(
 ) -> Callable[[float], float]:
     """The shift for a resolution, linear from y1 at x1 to y2 at x2.
 
-    The argument of the function is ``H * W / 4``. The two forms have ends of their own: as in
-    Open-Sora they are tokens a latent frame, 256 and 4096, and the line goes on beyond them; with
-    ``clamp=True`` they are pixels, 256^2 and 1024^2, and the shift stays between y1 and y2.
+    The argument of the function is ``H * W / 4``. There are two forms. In Open-Sora's, x1 and x2
+    are 256 and 4096 tokens a latent frame, and the function is linear beyond them too. With
+    ``clamp=True`` they are 256^2 and 1024^2 pixels, and the shift stays between y1 and y2.
 
     Args:
         x1, x2: the ends, x1 below x2; None takes those above.
@@ -172,7 +172,7 @@ def prepare_inputs(
         t: [B] flow times; None draws them by `sample_timesteps`.
         x1: noise of the latents' packed shape; None draws it.
         sigma_min: standard deviation left at t = 0.
-        guidance: what the network is told of the guidance.
+        guidance: the guidance that the network gets as its input.
         patch_size: packs unpacked latents; None leaves them as they are.
         clamp: see `get_res_lin_function`.
         seed: a seed that times and noise are a function of; see `flow`.

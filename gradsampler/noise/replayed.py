@@ -23,24 +23,25 @@ class _First(NamedTuple):
 
 
 class Replayed(NoiseSource):
-    """Noise that a function draws: once a run for each injection, when the run comes to it.
+    """Noise that your function draws, called once for each injection, when the run comes to it.
 
-    So the draws have the order that they have in a plain loop. Where a run needs a noise again, for
-    the gradient to the levels or in states that are computed once more, the generators are set back
-    to where they were before it, the function is called again, and what it returns is compared with
-    the first time. No gradient reaches the noise.
+    So the draws have the order of a plain loop. If a run needs a noise again, for the gradient to
+    the levels or for states that are recomputed, the generators are set back to their state before
+    that draw, the function is called again, and its result is compared with the first one. No
+    gradient reaches the noise.
 
     Args:
         draw: called as draw(z0, step, number) with z0 [B, *state] in the dtype of the state, the
             step and the number of the noise in that step; returns [B, *state] of any floating
             dtype, on z0's device.
-        generators: those it draws from beside torch's default ones.
-        keep: keeps what was drawn in place of drawing it again, one tensor of the state's size an
-            injection: for functions that generators do not determine, as one that reads a list.
+        generators: those it draws from, other than torch's default ones.
+        keep: stores the noises instead of drawing them again, one tensor of the state's size for
+            each injection. For functions that do not depend on generators only, such as one that
+            reads from a list.
 
     Raises:
-        ValueError: in the run, where the noise has another shape or requires grad.
-        ReplayError: in backward, where the function returns something else than the first time.
+        ValueError: in the run, if the noise has another shape or requires grad.
+        ReplayError: in backward, if the function returns something else than the first time.
 
     Example:
         >>> import torch, gradsampler as gs

@@ -38,27 +38,28 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sharded(NoiseSource):
-    """The noise of a whole run, in a run of a part of it: by global index, the same to the bit.
+    """The noise of a whole run, for a run of a part of it: the same values, bit for bit.
 
-    A noise is a function of the index of an element. Two processes that each run half a batch would
-    inject the same noises into their halves, and of a state that is cut along an axis each part
-    would be rolled on its own. With ``Sharded`` each gets what the run of the whole injects there.
+    A noise depends on the index of an element. Without ``Sharded``, two processes that each run
+    half a batch would inject the same noises into both halves, and parts of a state that is cut
+    along an axis would each be rolled separately. With ``Sharded`` each part gets what the
+    undivided run injects there.
 
-    A shard of the batch (``dim=0``) needs only the number of its first sample. A part of a state
-    needs the whole initial noise, as it is rolled across the parts: each process holds it, so
-    that nothing is sent forward. Its gradient is this part's share then: the sum over the
-    processes is the gradient. `Sharded.of` does that for a DTensor.
+    A part of the batch (``dim=0``) needs only the number of its first sample. A part of a state
+    needs the whole initial noise, because that is rolled across the parts. Each process holds it,
+    so nothing is communicated in the forward pass. The gradient to it is then this part's share:
+    sum it over the processes. `Sharded.of` does so for a DTensor.
 
-    On every backend the noise is that backend's own, so parts and whole agree to the bit (a
-    `Mixture` on "triton", and 16 bits on a GPU, to rounding). A shard of the batch costs the
-    noise of all samples before it.
+    Parts and whole agree on every backend, bit for bit (a `Mixture` on "triton", and 16 bits on a
+    GPU, up to rounding). A part of the batch computes the noise of all samples before it too.
 
     Args:
-        source: the noise of the whole; any but `Given` and `Replayed`, which the caller cuts.
+        source: the noise of the whole; any but `Given` and `Replayed`, whose noises you cut
+            yourself.
         offset: where this part begins along ``dim``.
-        dim: the axis that is cut, of [B, *state].
-        whole: for ``dim`` >= 1: the initial noise [B, *state] of which z0 is the part; may require
-            grad.
+        dim: the axis of [B, *state] that is cut.
+        whole: for ``dim`` >= 1: the whole initial noise [B, *state], of which z0 is a part; may
+            require grad.
 
     Example:
         >>> import torch, gradsampler as gs

@@ -134,7 +134,7 @@ class NoiseSource(ABC):
 
 @dataclass(frozen=True)
 class Off(NoiseSource):
-    """No noise: silences every injection, also those of a stochastic solver."""
+    """No noise: nothing is injected, not even by a stochastic solver."""
 
     @property
     def of_z0(self) -> bool:
@@ -158,10 +158,11 @@ class SinCos(NoiseSource):
 
     ``n_i = z0 (1 + g i/N) + a sin(z0 r i + i) + b cos(z0 r i)``
 
-    Draw k of a step moves the phase of both waves on by k golden angles, pi (3 - sqrt 5).
+    For draw k of a step, the phase of both waves is shifted by k golden angles, pi (3 - sqrt 5).
 
-    Almost perfectly correlated with z0: it adds to the state in amplitude, not in quadrature, and
-    widens the samples several times. For correct samples choose ``SignedRoll``.
+    The noises are almost equal to z0 and so to one another. They add up in amplitude, where
+    variances of independent noises add up, and samples come out several times too wide. For correct
+    samples choose ``SignedRoll``.
 
     Args:
         scale_gain, phase_rate, sin_amp, cos_amp: g, r, a and b, numbers or 0-d tensors, which
@@ -232,8 +233,8 @@ class SignedRoll(NoiseSource):
     """z0 rolled by a random offset and multiplied by random signs, anew at each step.
 
     ``n_i = e_i * roll(z0, o_i)`` within each sample, flattened: an orthogonal map of z0, so exactly
-    N(0, I), uncorrelated with z0 and with the other steps, and fully differentiable. The energy of
-    each sample is that of its z0 at every step, which matters only for tiny states: there, take
+    N(0, I), uncorrelated with z0 and with the other steps, and differentiable. At every step the
+    noise of a sample has exactly the norm of its z0. This matters only for tiny states: there, take
     a ``Mixture``.
     """
 
@@ -273,10 +274,10 @@ class Philox(NoiseSource):
 
     Args:
         seed: 0 to 2^64 - 1.
-        consistent: makes the noises of a run the increments of one Brownian path, in the index of
-            the step as its time: a run with twice the steps then refines the path, and two of its
-            noises sum to sqrt(2) times the one of the coarser run that they are in the place of.
-            For schedules that are one function of i/N, such as `schedules.karras`.
+        consistent: makes the noises of a run increments of one Brownian path, with the step's index
+            as its time. A run with twice the steps refines the path: two of its noises sum to
+            sqrt(2) times the corresponding noise of the coarser run. For schedules that are a
+            function of i/N, such as `schedules.karras`.
     """
 
     seed: int = 0
@@ -340,9 +341,9 @@ class Philox(NoiseSource):
 
 @dataclass(frozen=True)
 class Mixture(NoiseSource):
-    """``cos(angle) * Philox(seed) + sin(angle) * other``: a dial from independent noise to other.
+    """``cos(angle) * Philox(seed) + sin(angle) * other``: between independent noise and ``other``.
 
-    Unit variance is kept where ``other`` has it.
+    It has unit variance if ``other`` has.
     """
 
     other: NoiseSource
@@ -400,9 +401,9 @@ class Mixture(NoiseSource):
 
 
 class Given(NoiseSource):
-    """The caller's own tensors, one an injection, in the order of injection.
+    """The caller's own tensors, one for each injection, in the order of injection.
 
-    The noise is an input of the run: its gradient reaches each tensor. A run takes the tensors in
+    They are inputs of the run, and each tensor gets its gradient. A run takes the tensors in
     the order in which its noises are first injected; outside a run the step index is the position.
     """
 

@@ -119,7 +119,7 @@ def reparameterize(
     nonzero: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``mean + nonzero * exp(log_variance / 2) * noise``: a draw that passes the gradient on.
+    """``mean + nonzero * exp(log_variance / 2) * noise``: a draw with a gradient.
 
     Kingma and Welling 2014, arXiv 1312.6114, section 2.4. Gradients reach all tensors.
 
@@ -170,8 +170,8 @@ def ancestral_step(
 
     ``x0 = clamp(r1 x - r2 eps)``, ``mean = c1 x0 + c2 x``, ``log_var = f log_max + (1-f) log_min``
     with ``f = (v+1)/2``, ``out = mean + nonzero exp(log_var/2) noise`` (Nichol and Dhariwal 2021,
-    arXiv 2102.09672, equations 9 and 15). Gradients reach x, model_output and noise, through the
-    clamp where it does not bite.
+    arXiv 2102.09672, equations 9 and 15). Gradients reach x, model_output and noise; where the
+    clamp is active they are 0.
 
     Args:
         x: [B, C, *space] state.

@@ -52,31 +52,31 @@ def optimize(
         steps: updates of z0.
         lr: learning rate.
         optimizer: called as optimizer([z0], lr=lr).
-        maximize: ascends the loss in place of descending it; the regularizer stays a penalty.
+        maximize: maximises the loss; the regularizer is still a penalty.
         regularizer: from z0 to a scalar penalty, such as `regularizers.ChiNorm`.
-        projection: from z0 to the noise that the next step begins with, such as
+        projection: a function that is applied to z0 after each update, such as
             `regularizers.Sphere`.
-        grad_clip: largest norm of the gradient handed to the optimizer.
-        checkpoint: a file saved atomically after each step; where it exists the run goes on from
-            it, and on the same machine gives the numbers of an uninterrupted run bit for bit. The
-            file of a run with other arguments, weights, buffers or code of the denoiser is refused,
-            with what differs; the loss alone is not looked at.
-        identity: what else makes the run the same one, such as a name for the loss, which a file
-            cannot hold; a checkpoint with another is refused. A text under the name of an argument
-            stands in place of what is seen of it.
+        grad_clip: largest norm of the gradient that the optimizer gets.
+        checkpoint: a file that is saved atomically after each step. If it exists, the run continues
+            from it, and on the same machine gives the results of an uninterrupted run, bit for bit.
+            If arguments, weights, buffers or code of the denoiser differ from those of the file's
+            run, that is an error that names the difference. The loss is not compared.
+        identity: further facts that the file's run must agree in, such as a name for the loss. A
+            text under the name of an argument is compared in place of that argument.
         progress: shows a bar with loss and gradient norm.
-        check_finite: stops with NonFiniteError before a NaN or an infinity reaches z0.
-        group: a process group, such as ``torch.distributed.group.WORLD``, whose ranks all make this
+        check_finite: raises NonFiniteError before a NaN or an infinity reaches z0.
+        group: a process group, such as ``torch.distributed.group.WORLD``. All its ranks make this
             call with the same arguments and share the batch: each optimises its own samples, with
-            the step noises that they have in the whole. Tensors in ``start`` and ``cond`` with a
-            row for each sample are cut as z0 is. Loss and regularizer then are means over the
-            samples that they get, so that the numbers are those of one process, to rounding. One
-            bar and one file, of the first rank, from which any number of ranks goes on; result and
-            history are the whole on all. An error on one rank is one on all.
+            the step noises that these have in the whole batch. Tensors in ``start`` and ``cond``
+            with a row for each sample are cut as z0 is. Loss and regularizer must be means over the
+            samples that they get; then the results are those of one process, up to rounding. The
+            first rank shows the bar and writes the file, from which any number of ranks can
+            continue. All ranks return the whole result and history. An error on one rank is raised
+            on all.
         **sample_kwargs: passed on to `sample`.
 
     Returns:
-        The noise, its sample, and the history with one entry a step.
+        The noise, its sample, and the history with an entry for each step.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit; also for a checkpoint file

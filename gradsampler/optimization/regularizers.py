@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Penalties that keep optimised noise where the denoiser was trained."""
+"""Penalties that keep optimised noise close to standard normal, as the denoiser expects it."""
 
 import math
 from dataclasses import dataclass

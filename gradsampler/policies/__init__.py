@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that are not those of the run, as objects: what is left out, and what is rescaled."""
+"""Gradients that deliberately are not those of the run: parts are left out or rescaled."""
 
 from collections.abc import Sequence
 

@@ -13,14 +13,14 @@ from gradsampler.engine.policy import Policy
 
 @dataclass(frozen=True)
 class ChosenSteps(Policy):
-    """The gradient through the model calls of chosen steps alone: not that of the run.
+    """The gradient through the model calls of chosen steps only: not that of the run.
 
-    What the network returns in the other steps is a constant, so backward does not call it there;
-    the states are not: what the solver makes of a state around the network is differentiated in
-    every step, as the share of it that preconditioning adds to the output.
+    In the other steps the network's output is treated as a constant, so backward does not call it
+    there. The solver's arithmetic on the states is differentiated in every step, including the
+    share of the state that preconditioning adds to the output.
 
     Args:
-        steps: which, from 0; negative ones count from the end. A final denoising is of step N.
+        steps: their indices from 0; negative ones count from the end. A final denoising is step N.
     """
 
     steps: tuple[int, ...]
@@ -43,7 +43,7 @@ class ChosenSteps(Policy):
 
 @dataclass(frozen=True)
 class RandomSteps(Policy):
-    """`ChosenSteps`, drawn anew for each run without replacement: not the gradient of the run.
+    """`ChosenSteps` with random steps, drawn anew for each run: not the gradient of the run.
 
     Args:
         count: how many, at least 1.
@@ -69,9 +69,9 @@ class RandomSteps(Policy):
 class NoJacobian(Policy):
     """The gradient with the network's outputs as constants: not that of the run.
 
-    It reaches z0, the start and the levels around the network, without a model call in backward;
-    parameters and conditioning receive none. So the Jacobian is left out as in score distillation
-    (Poole et al. 2022, "DreamFusion", arXiv 2209.14988, eq. 3).
+    It reaches z0, the start and the levels through the solver's arithmetic, without a model call in
+    backward. Parameters and conditioning receive none. Score distillation leaves out the Jacobian
+    in this way (Poole et al. 2022, "DreamFusion", arXiv 2209.14988, eq. 3).
     """
 
     def pulls(self, step: int) -> bool:
@@ -82,11 +82,11 @@ class NoJacobian(Policy):
 class DetachedInput(Policy):
     """The gradient with the network's inputs as constants: not that of the run.
 
-    What the network returns is differentiated by parameters, conditioning and the level that it is
-    told, not by the state: the cotangent passes around the network, so it cannot explode in its
-    Jacobians (Wu et al. 2024, "Deep reward supervisions for tuning text-to-image diffusion models",
-    DRTune, arXiv 2405.00760). With steps chosen as well, as there: ``[DetachedInput(),
-    ChosenSteps([...])]``.
+    The network's output is differentiated with respect to parameters, conditioning and the level,
+    but not with respect to the state. So the gradient does not pass through the network's
+    Jacobians, which may make it explode (Wu et al. 2024, "Deep reward supervisions for tuning
+    text-to-image diffusion models", DRTune, arXiv 2405.00760). DRTune also chooses steps:
+    ``[DetachedInput(), ChosenSteps([...])]``.
     """
 
     def enters(self, step: int) -> bool:

@@ -14,14 +14,14 @@ from gradsampler.engine.program import Program, Slot
 class LastSteps(Policy):
     """The gradient through the last ``steps`` sampler steps only: not that of the run.
 
-    The sample is the same, to rounding where a stage injects the noises of two steps, and else to
-    the bit. The steps before keep nothing for backward: the state in which step
-    N - steps begins is a constant, and so are the earlier states and model outputs that a multistep
-    solver looks back at. So the noise injected from that step on still carries its gradient to
-    z0 (or to the tensors of a `noise.Given`), and conditioning, parameters and levels receive
-    what they receive through the last steps; the coefficients with which these combine the
-    constants count as theirs. Where these steps inject no noise, z0 receives zero, and the run
-    warns of it. With ``steps`` >= N it is the whole run, and exact.
+    The sample is the same bit for bit, or up to rounding if a stage injects the noises of two
+    steps. The earlier steps keep nothing for backward. The state at which step N - steps begins is
+    a constant, and so are the earlier states and model outputs that a multistep solver uses. Noise
+    that is injected from that step on still carries its gradient to z0 (or to the tensors of a
+    `noise.Given`). Conditioning, parameters and levels get what they get through the last steps,
+    including the coefficients by which these steps combine the constants. If these steps inject no
+    noise, the gradient to z0 is zero, and the run warns of it. With ``steps`` >= N it is the whole
+    run, and exact.
 
     Truncation for reward gradients: Clark et al. 2023, "Directly fine-tuning diffusion models on
     differentiable rewards" (DRaFT-K, arXiv 2309.17400).

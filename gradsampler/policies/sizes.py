@@ -17,8 +17,9 @@ Numbers = float | tuple[float, ...]  # one, or one a step
 class ScaledCotangent(Policy):
     """Multiplies the cotangent of the state at each step: not the gradient of the run.
 
-    What arrives at the state that a step's first model call sees goes on to the steps before times
-    ``factor``: below 1 it discounts early steps, and what z0 and the noises of those receive.
+    The gradient with respect to the state at a step's first model call is multiplied by ``factor``
+    before it goes on to earlier steps. A factor below 1 reduces the influence of early steps, and
+    the gradients to z0 and to their noises.
 
     Args:
         factor: a number of at least 0, or [N], one a step.
@@ -41,8 +42,9 @@ class ScaledCotangent(Policy):
 class ClippedCotangent(Policy):
     """Bounds the norm of the cotangent of the state at each step: not the gradient of the run.
 
-    What arrives at the state that a step's first model call sees goes on to the steps before with a
-    norm of at most ``norm``, sample by sample. A gradient that nowhere exceeds it is exact.
+    The gradient with respect to the state at a step's first model call is scaled down to a norm of
+    at most ``norm``, sample by sample, before it goes on to earlier steps. A gradient that never
+    exceeds the bound is exact.
 
     Args:
         norm: a number of at least 0, or [N], one a step.

@@ -14,7 +14,7 @@ from gradsampler.engine.program import Program, Slot
 
 @dataclass(frozen=True)
 class Together(Policy):
-    """What all of several policies let pass: not the gradient of the run, unless all are exact.
+    """Several policies together: not the gradient of the run, unless all are exact.
 
     Args:
         policies: at least one; of `LastSteps` at most one. Cotangents pass them in this order.

@@ -78,9 +78,9 @@ class IPNDM(Solver):
 class IPNDMv(Solver):
     """iPNDM for uneven levels, with the weights that diff-sampler and ComfyUI have.
 
-    From the third slope on they are not those of Adams and Bashforth, by a bracket in the third, a
-    sign in the fourth and a ratio by which the four do not quite sum to 1: the method is of second
-    order. `LMS` has Adams and Bashforth's. The step to level 0 is Euler's.
+    From the third slope on these weights differ from those of Adams and Bashforth: by a bracket in
+    the third, by a sign in the fourth, and the four do not quite sum to 1. So the method is of
+    second order. `LMS` has Adams and Bashforth's weights. The step to level 0 is Euler's.
 
     Args:
         order: number of slopes, 1 to 4.
@@ -134,11 +134,11 @@ def divided_differences(h: Coefficient, gaps: list[Coefficient]) -> list[Coeffic
 
 @dataclass(frozen=True)
 class GradientEstimation(Solver):
-    """Euler's step along ``gamma`` times the slope minus ``gamma - 1`` times the one before.
+    """Euler's step along ``gamma`` times the slope minus ``gamma - 1`` times the previous one.
 
-    Permenter and Yuan 2024, arXiv 2306.04848, algorithm 2. Of second order at gamma = 3/2 with even
-    steps; the published 2 goes further along the change, and is of first order. The first step and
-    the step to level 0 are Euler's.
+    Permenter and Yuan 2024, arXiv 2306.04848, algorithm 2. It is of second order at gamma = 3/2
+    with even steps, and of first order with the published value of 2. The first step and the step
+    to level 0 are Euler's.
 
     Args:
         gamma: factor of the latest slope.

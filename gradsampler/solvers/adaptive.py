@@ -36,10 +36,10 @@ Told = Callable[[Trial, Tensor, Tensor], object]  # with the state at s, and D t
 
 
 class Adaptive(Sweep):
-    """A method that chooses its levels in the run, between the first and the last positive one.
+    """A method that chooses its levels during the run, between the first and the last positive one.
 
-    `sample` has them chosen, without a gradient, and then records the accepted steps: the gradient
-    is theirs. As a recipe for a program it takes all levels as they are.
+    `sample` first runs it without a gradient to choose the levels, and then records the accepted
+    steps, whose gradient it is. Without `sample`, it uses the levels that it is given.
     """
 
     @abstractmethod

@@ -59,7 +59,7 @@ class EulerCFGpp(Solver):
 
 @dataclass(frozen=True)
 class DPMpp2MCFGpp(Solver):
-    """DPM-Solver++(2M) with CFG++; D changes from the unconditional prediction before."""
+    """DPM-Solver++(2M) with CFG++; differences of D use the previous unconditional prediction."""
 
     flow = True
     ode_order = 2
@@ -80,8 +80,8 @@ class DPMpp2MCFGpp(Solver):
 class DPMpp2SAncestralCFGpp(Solver):
     """DPM-Solver++(2S) with ancestral noise and CFG++.
 
-    Both parts of a step keep the noise that the unconditional prediction at its start finds.
-    ComfyUI's takes the one of the second evaluation for the whole step, and does not converge.
+    Both parts of a step use the unconditional prediction at its start for the noise direction.
+    ComfyUI's uses that of the second evaluation for the whole step, and does not converge.
 
     Args:
         eta: share of ancestral noise.

@@ -11,12 +11,12 @@ from gradsampler.solvers.base import Solver, check_amounts
 
 @dataclass(frozen=True)
 class Consistency(Solver):
-    """The prediction of a consistency model, noised anew to the next level.
+    """Adds new noise of the next level to each prediction of a consistency model.
 
     Song et al. 2023, arXiv 2303.01469, algorithm 1; with sigma_min = 0 the sampler of latent
     consistency models (Luo et al. 2023, arXiv 2310.04378).
 
-    It solves no differential equation, and with more steps converges to nothing: it is for networks
+    It solves no differential equation, and does not converge with more steps. It is for networks
     whose prediction is a sample.
 
     Args:

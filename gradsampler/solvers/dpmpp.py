@@ -77,8 +77,8 @@ class DPMpp2MSDE(Solver):
 class DPMpp3MSDE(Solver):
     """SDE-DPM-Solver++(3M) as k-diffusion has it.
 
-    Its weight of the second derivative is half of what the third order takes, so that the method
-    is of second order; diffusers' third-order multistep scheduler has the same.
+    It weights the second derivative with half of what third order needs, so the method is of second
+    order. diffusers' third-order multistep scheduler does the same.
 
     Args:
         eta: 1 is the reverse SDE, 0 the ODE.
@@ -123,9 +123,10 @@ class DPMppSDE(Solver):
         eta: share of ancestral noise; 0 is DPM-Solver++(2S).
         s_noise: factor of the injected noise.
         r: where in the step, in half log-SNR, the second evaluation is.
-        independent: draws the noise of the whole step anew, as a ``noise_sampler`` of independent
-            draws makes k-diffusion do. Else the noise up to the second evaluation is a part of it,
-            as with k-diffusion's Brownian tree; only so is the method of second order.
+        independent: draws the two noises of a step independently, as k-diffusion does with a
+            ``noise_sampler`` of independent draws. Otherwise the noise up to the second evaluation
+            is a part of that of the step, as with k-diffusion's Brownian tree; only then is the
+            method of second order.
     """
 
     stochastic = True

@@ -33,7 +33,7 @@ class Heun(Solver):
 
 @dataclass(frozen=True)
 class Restart(Heun):
-    """Heun's method over levels that may rise, where it goes back up by adding noise.
+    """Heun's method over levels that may rise; it goes back up by adding noise.
 
     Xu et al. 2023, arXiv 2306.14878, algorithm 1. `schedules.restart` puts such levels together; on
     falling ones it is Heun's method.
@@ -132,8 +132,8 @@ class Kutta3(Solver):
 class HeunPP2(Sweep):
     """Heun++ with slopes at this level and the two after it, as in ComfyUI.
 
-    The later slopes weigh by their share of the run's first level, so that the method is of first
-    order with a small error. The last step but one has two slopes, the last is Euler's.
+    The later slopes are weighted by their level relative to the first one, so the method is of
+    first order with a small error. The last step but one uses two slopes, and the last is Euler's.
     """
 
     flow = True

@@ -15,15 +15,15 @@ from gradsampler.solvers.base import Churn, Sweep, check_amounts
 class MidpointReversible(Sweep):
     """The explicit midpoint rule over two intervals (leapfrog), in additive coordinates.
 
-    With ``w = x/s`` and ``tau = 1/s`` the equation dx/ds = (x - D)/s is dw/dtau = D. So is
+    With ``w = x/s`` and ``tau = 1/s`` the equation dx/ds = (x - D)/s is dw/dtau = D. The rule
 
         w[i+1] = w[i-1] + (tau[i+1] - tau[i-1]) * D(x[i], s[i])
 
-    a rule of second order that evaluates the model once a step, and that a subtraction undoes:
+    is of second order with one model evaluation a step, and a subtraction undoes a step. So
     `memory.Reversible` keeps no states (Levesque and Verlet 1993, "Molecular dynamics and time
-    reversibility", J. Stat. Phys. 72; for diffusion models BDIA, arXiv 2307.10829). It is a
-    method of its own: its samples are not those of Heun's. Injected noise that the state before
-    the last has not seen is added to it. The first step is Euler's, and so is a step to level 0.
+    reversibility", J. Stat. Phys. 72; for diffusion models BDIA, arXiv 2307.10829). Samples are
+    not those of Heun's method. The state w[i-1] does not yet contain the noise that was injected
+    since; it is added. The first step is Euler's, and so is a step to level 0.
 
     Args:
         eta: share of ancestral noise, as of `EulerAncestral`.

@@ -5,7 +5,10 @@ What hung before ends by the process group's time-out.
 """
 
 import copy
+import datetime
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +242,29 @@ def failed_backward_loses_nothing():
         works_again(net)
 
 
+@case
+def a_rank_that_fails_alone_holds_the_others_no_longer_than_their_patience():
+    """The group's own time-out, of two seconds here; in the run, and in its backward."""
+    for call in (3, 8):
+        group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+        inner = network()
+        inner.register_buffer("calls", torch.zeros(()))
+        net, count = ddp(inner, process_group=group), []
+
+        def denoiser(x, sigma, net=net, count=count, call=call):
+            count.append(1)
+            if dist.get_rank() == 1 and len(count) == call:
+                raise KeyError("a failure of the user's")
+            return net(x, sigma)
+
+        error = KeyError if dist.get_rank() == 1 else RuntimeError
+        with pytest.raises(error):
+            gs.sample(
+                denoiser, z0(), SIGMAS, memory="checkpoint", check_finite=True
+            ).sum().backward()
+        dist.barrier()
+
+
 # ------------------------------------------------------------------ what is not served
 
 
@@ -402,6 +428,46 @@ def shards_on_the_host():
     net = fsdp(network(), offload_policy=CPUOffloadPolicy(pin_memory=False))
     gs.sample(net, z0(), SIGMAS, memory="checkpoint").sum().backward()
     works_again(net)
+
+
+@case
+def one_reduction_a_run_and_one_block_at_once():
+    """As the benchmark counts them: of FSDP2 one for each group, of DDP one for its one bucket."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import sharding
+
+    block, root = 4 * (64 * 256 + 256 + 256 * 64 + 64), 4 * (8 * 64 + 64 + 64 * 8 + 8)
+    for memory in sharding.MEMORIES[:-1]:
+        count = sharding.measure(memory, trained=True)
+        assert count["reduce-scatters"] == sharding.BLOCKS + 1
+        assert count["most bytes at once"] == block + root
+        assert sharding.measure_copies(memory)["all-reduces"] == 1
+    assert "reduce-scatters" not in sharding.measure("checkpoint", trained=False)
+
+
+@case
+def autocast_under_ddp():
+    """As far from float32 as plain autograd through all calls is."""
+    from support.sharing import Net
+
+    torch.manual_seed(0)
+    exact, errors = Net(), {}
+    starts = [normal(2, SIZE, seed=rank, dtype=torch.float32) for rank in range(2)]
+    total = sum(euler(exact, z, SIGMAS.float(), None, {}).square().sum() / 2 for z in starts)
+    total.backward()
+    reference = {name: p.grad for name, p in exact.named_parameters()}
+    for memory in ("store", "checkpoint", "auto"):
+        net = ddp(copy.deepcopy(exact))
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            x = gs.sample(net, starts[dist.get_rank()], SIGMAS, memory=memory)
+        x.square().sum().backward()
+        error = sum(
+            (p.grad - reference[n]).square().sum() for n, p in net.module.named_parameters()
+        )
+        errors[memory] = (error / sum(g.square().sum() for g in reference.values())).sqrt().item()
+    assert errors["store"] < 0.05
+    assert max(errors.values()) < 1.5 * errors["store"], errors
 
 
 @case

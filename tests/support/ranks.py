@@ -71,13 +71,13 @@ def results(cases: list[str], folder: Path, world: int = WORLD) -> dict[str, str
     return found
 
 
-def check(cases: list[str], folder: Path) -> None:
+def check(cases: list[str], folder: Path, world: int = WORLD) -> None:
     """Asserts that all of them pass."""
-    failed = {case: error for case, error in results(cases, folder).items() if error}
+    failed = {case: error for case, error in results(cases, folder, world).items() if error}
     assert not failed, "\n".join(f"{case}\n{error}" for case, error in failed.items())
 
 
-def chunks(cases: list[str], size: int = 24) -> list[list[str]]:
+def chunks(cases: list[str], size: int = 48) -> list[list[str]]:
     """Lists of about as many cases as a test should have."""
     return [cases[k : k + size] for k in range(0, len(cases), size)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training through a run on two ranks, against a loop by hand in one process.
+"""Training through a run on two ranks or more, against a loop by hand in one process.
 
 A case is "wrapper/memory/target/way". The oracle calls the network plainly, knows the data of all
 ranks and averages over them, as both DDP and FSDP do.
@@ -81,7 +81,7 @@ def ddp(net, **options):
 
 
 def fsdp(net, mesh=None, nested=True, **options):
-    mesh = mesh or init_device_mesh("cpu", (2,))
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for block in (net.first, net.second, net.high, net.low) if nested else ():
         fully_shard(block, mesh=mesh, **options)
     return fully_shard(net, mesh=mesh, **options)
@@ -129,6 +129,7 @@ WRAPPERS = {
     "hsdp-1x2": lambda net: hsdp(net, (1, 2)),
     "hsdp-2x1": lambda net: hsdp(net, (2, 1)),
 }
+ON_FOUR = {"hsdp-2x2": lambda net: hsdp(net, (2, 2))}
 MEMORIES = [
     "store",
     "checkpoint",
@@ -140,6 +141,8 @@ MEMORIES = [
     "auto",
     "truncated",
 ]
+# From z0 or from a start; but for "parameters" all is differentiated by that there is, levels and
+# conditioning included, and but for "frozen" the network too.
 TARGETS = ["all", "frozen", "start", "parameters"]
 # How the gradients are asked for: by one backward a step, by two whose sum counts (with the first
 # not reduced), by one through two runs, by autograd.grad, or for z0 alone.
@@ -201,12 +204,12 @@ class Data:
         seed = 100 * rank + 10 * iteration + turn
         wants = target != "parameters"
         self.z0 = normal(BATCH, SIZE, seed=seed).requires_grad_(wants)
-        self.sigmas = torch.tensor(LEVELS, dtype=F64, requires_grad=target in ("all", "frozen"))
+        self.sigmas = torch.tensor(LEVELS, dtype=F64, requires_grad=wants)
         self.start = None
         if target in ("start", "frozen"):
             self.start = (4 * normal(BATCH, SIZE, seed=seed + 1000)).requires_grad_()
         self.cond = {}
-        if target in ("all", "frozen"):
+        if wants:
             self.cond = {"shift": normal(BATCH, SIZE, seed=seed + 2000).requires_grad_()}
         self.goal = normal(BATCH, SIZE, seed=seed + 3000)
 
@@ -246,7 +249,7 @@ def close(name, got, expected, tolerance=1e-12):
 
 def run(case):
     wrapper, strategy, target, way = case.split("/")
-    rank = dist.get_rank()
+    rank, ranks = dist.get_rank(), range(dist.get_world_size())
     spare = wrapper == "ddp-unused"
     plain = Experts(lambda net: net) if wrapper.endswith("-experts") else network(spare=spare)
     plain.requires_grad_(target != "frozen")
@@ -264,7 +267,7 @@ def run(case):
                 shared.wrap = ddp if wrapper == "ddp-experts" else fsdp
                 shared = shared.wrapped()
             else:
-                shared = WRAPPERS[wrapper](shared)
+                shared = (WRAPPERS | ON_FOUR)[wrapper](shared)
 
             def sample(z0, sigmas, **given):
                 return gs.sample(shared, z0, sigmas, **options, **given)
@@ -277,8 +280,8 @@ def run(case):
         warnings.filterwarnings("ignore", "memory=Truncated")  # it says what is tested here
         for iteration in range(ITERATIONS):
             turns = 2 if way in ("twice", "no_sync", "joint") else 1
-            datas = [[Data(target, r, iteration, k) for k in range(turns)] for r in range(2)]
-            expected = mean([oracle_step(plain, loop, datas[r]) for r in range(2)])
+            datas = [[Data(target, r, iteration, k) for k in range(turns)] for r in ranks]
+            expected = mean([oracle_step(plain, loop, datas[r]) for r in ranks])
             mine = [Data(target, rank, iteration, k) for k in range(turns)]
             ours.zero_grad()
             got = differentiated(sample, shared, parameters, mine, way)
@@ -322,7 +325,7 @@ def watch(parameters):
 
 
 def mean(by_rank):
-    return {name: (g + by_rank[1][name]) / 2 for name, g in by_rank[0].items()}
+    return {name: sum(gs[name] for gs in by_rank) / len(by_rank) for name in by_rank[0]}
 
 
 def unsynced(shared):

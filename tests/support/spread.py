@@ -2,6 +2,7 @@
 """Runs of DTensors on two ranks, against the run of the whole in one process."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -26,11 +27,11 @@ from torch.distributed.tensor.parallel import (
 import gradsampler as gs
 from gradsampler.memory import capacity
 from support.problems import normal
-from support.sharing import LEVELS, euler, full, leapfrog
+from support.sharing import LEVELS, euler, full, leapfrog, truncated
 
 F64 = torch.float64
 SHAPE = (3, 5, 4)  # far below what any op has a block of; two ranks cannot share 3 or 5 evenly
-STRATEGIES = ["store", "checkpoint", "auto", "revolve:2", "offload", "reversible"]
+STRATEGIES = ["store", "checkpoint", "auto", "revolve:2", "offload", "reversible", "truncated:2"]
 LAYOUTS = {
     "batch": ((2,), [Shard(0)]),
     "rows": ((2,), [Shard(1)]),
@@ -40,6 +41,7 @@ LAYOUTS = {
     "rows of copies": ((2, 1), [Shard(1), Replicate()]),
     "batch in pieces": ((1, 2), [Shard(0), Shard(0)]),
 }
+LOOPS = {"plain": euler, "reversible": leapfrog, "truncated": truncated}
 CASES = {}
 
 
@@ -120,22 +122,25 @@ def gradients_are_those_of_the_loop(layout):
     """Of a loop by hand on plain tensors: z0, start, cond, levels and parameters."""
     shape, placements = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", shape)
+    warnings.filterwarnings("ignore", "memory=Truncated")  # it says what is tested here
     for start in (False, True):
         expected = {}
-        for solver, loop in (("euler", euler), ("midpoint_reversible", leapfrog)):
+        for name, loop in LOOPS.items():
             plain = Problem(start)
             x = loop(plain.net, plain.z0, plain.sigmas, plain.start, {"shift": plain.shift})
-            expected[solver] = x.detach(), plain.gradients(x)
+            expected[name] = x.detach(), plain.gradients(x)
         for memory in STRATEGIES:
+            name = memory.split(":")[0]
             solver = "midpoint_reversible" if memory == "reversible" else "euler"
             spread = Problem(start).placed(mesh, placements)
             x = spread.sample(memory=memory, solver=solver)
             assert isinstance(x, DTensor)
             assert x.placements == tuple(placements)
-            whole, gradients = expected[solver]
+            whole, gradients = expected.get(name, expected["plain"])
             torch.testing.assert_close(full(x.detach()), whole, rtol=1e-12, atol=1e-12)
             compare(spread.gradients(x), gradients)
-            assert start or spread.z0.grad.placements == tuple(placements)
+            if not (start or name == "truncated"):
+                assert spread.z0.grad.placements == tuple(placements)
 
 
 @case
@@ -154,6 +159,21 @@ def noise_is_that_of_the_whole(layout):
             whole.square().sum().backward()
             x.square().sum().backward()
             torch.testing.assert_close(full(z0.grad), plain.grad, rtol=1e-13, atol=1e-13)
+
+
+@case
+def start_may_be_laid_out_otherwise():
+    """Its gradient comes back in its own layout."""
+    mesh = init_device_mesh("cpu", (2,))
+    plain = Problem(start=True)
+    x = euler(plain.net, plain.z0, plain.sigmas, plain.start, {"shift": plain.shift})
+    expected = plain.gradients(x)
+    for before in (Replicate(), Shard(2)):
+        spread = Problem(start=True).placed(mesh, [Shard(0)])
+        spread.start = distribute_tensor(plain.start.detach(), mesh, [before]).requires_grad_()
+        x = spread.sample(memory="checkpoint")
+        compare(spread.gradients(x), expected)
+        assert spread.start.grad.placements == (before,)
 
 
 @case

@@ -108,6 +108,32 @@ def gradients_are_those_of_one_device():
 
 
 @case
+def weights_may_be_sharded_over_the_same_ranks():
+    """FSDP2 sums the shares itself, where it does not divide; frozen weights need no sum."""
+    from torch.distributed.fsdp import fully_shard
+
+    for memory in ("store", "checkpoint", "auto"):
+        plain, network = Mixer(), Mixer(split=True)
+        fully_shard(network.token), fully_shard(network)
+        together = gs.distributed.replicated(network)
+        with pytest.raises(ValueError, match="set_gradient_divide_factor"):
+            gradients(together, [], memory)
+        network.set_gradient_divide_factor(1.0)
+        network.token.set_gradient_divide_factor(1.0)
+        z0 = normal(2, 6, 3)
+        for module in (plain, together):
+            x = gs.sample(module, z0, SIGMAS, cond={"shift": z0}, memory=memory)
+            x.square().sum().backward()
+        for p, q in zip(network.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-11, atol=1e-12)
+        frozen = Mixer(split=True).requires_grad_(False)
+        fully_shard(frozen)
+        expected = gradients(plain, [], memory)
+        found = gradients(gs.distributed.replicated(frozen), [], memory)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@case
 def ranks_agree():
     """A network that ranks compute together has them decide alike as well."""
     count = []
@@ -229,6 +255,9 @@ def dtensors_run_by_their_parts():
     source = gs.noise.SignedRoll(3)
     expected = gs.sample(denoiser, whole, SIGMAS, noise=source, **options)
     expected.square().sum().backward()
+    replicated = gs.distributed.replicated(nn.Linear(4, 4, dtype=F64))
+    with pytest.raises(ValueError, match="replicated: each tensor must be a plain one"):
+        replicated(distribute_tensor(whole.detach(), mesh, [Shard(0)]).requires_grad_())
     for dim in (0, 1, 2):
         z0 = distribute_tensor(whole.detach(), mesh, [Shard(dim)]).requires_grad_()
         noise = gs.noise.Sharded.of(source, z0)

@@ -21,24 +21,24 @@ MEMORIES = ("auto", "blocks", "frames", "halo", "store", "tiles")
 def decode(
     vae: Any, latents: Tensor, *args: Any, memory: str = "auto", tile: int = 128, **kwargs: Any
 ) -> Tensor:
-    """``vae.decode(latents)`` with the activations that its backward needs bounded.
+    """``vae.decode(latents)`` with a bound on the activations that are kept for backward.
 
     Args:
-        vae: an autoencoder of diffusers, left as it is.
+        vae: an autoencoder of diffusers; it is not changed.
         latents: as `vae.decode` takes them, which is not scaled as a pipeline's latents are.
         *args, **kwargs: passed on to `vae.decode`.
         memory:
             - "store" keeps all activations.
-            - "blocks" keeps of each block its input and computes the others again, one block at a
-              time: the same function to the bit.
-            - "frames" is for video decoders that go through the frames in chunks and remember
-              features of the last ones: it keeps what goes from chunk to chunk, and decodes a
-              chunk again when its gradient is due. The same function to the bit.
+            - "blocks" keeps the input of each block and recomputes the rest, one block at a
+              time. The result is the same bit for bit.
+            - "frames" is for video decoders that work on chunks of frames and pass features from
+              one chunk to the next. It keeps these features, and decodes each chunk again in
+              backward. The result is the same bit for bit.
             - "tiles" is `vae.tiled_decode`, tile by tile: **another function** than the whole
-              decode, as upstream's tiles know nothing of one another; its gradient is exact.
-            - "halo" is the whole decode by tiles with halos and with the statistics of group
-              normalisations over the whole image, attention in the middle whole: the same function
-              to rounding, with the activations of one tile, in a pass for each normalisation.
+              decode, because its tiles are independent of one another; its gradient is exact.
+            - "halo" decodes by overlapping tiles, with group normalisations over the whole image
+              and attention in the middle undivided. It keeps the activations of one tile and needs
+              a pass for each normalisation. The result is the same up to rounding.
             - "auto" is store where that fits, else frames for videos and blocks for images.
         tile: size of a tile of "halo", in pixels of the image; "tiles" takes the vae's own.
 

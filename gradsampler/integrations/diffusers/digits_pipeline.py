@@ -115,9 +115,9 @@ def _kind() -> Any:
 def digits(scheduler: Any = None) -> Any:
     """A diffusers pipeline of handwritten digits, whose network ships with the package.
 
-    It is called as ``pipe(label, num_inference_steps=20, guidance_scale=1.0, generator=None,
-    latents=None, output_type="pt")`` with labels [B] in 0..9 and gives images [B, 1, 8, 8] in
-    [0, 1], or with ``output_type="latent"`` states in [-1, 1].
+    Call it as ``pipe(label, num_inference_steps=20, guidance_scale=1.0, generator=None,
+    latents=None, output_type="pt")`` with labels [B] in 0..9. It returns images [B, 1, 8, 8] in
+    [0, 1], or states in [-1, 1] with ``output_type="latent"``.
 
     Args:
         scheduler: of `diffusers`, for a network that predicts the noise, or of flow matching; None

@@ -18,23 +18,23 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 def denoiser_from(
     model: nn.Module, scheduler: Any, *, time_scale: float | None = None
 ) -> Parameterization:
-    """The denoiser that a network and a scheduler's configuration are.
+    """A network of diffusers as a denoiser, by the configuration of its scheduler.
 
-    It goes with all solvers, levels and noises of this package, where `pipeline` keeps to the
-    scheduler's own. Guidance is `gradsampler.Guided`, conditioning the ``cond`` of a run.
+    It works with all solvers, levels and noises of this package, whereas `pipeline` uses the
+    scheduler's. For guidance use `gradsampler.Guided`, for conditioning the ``cond`` of a run.
 
     Args:
         model: a network of `diffusers.models`, called with a state, a timestep by name and what
             ``cond`` holds.
         scheduler: one with ``alphas_cumprod``, of EDM or of flow matching.
-        time_scale: what a flow-matching network is told at time 1; None is the scheduler's
-            ``num_train_timesteps``. FluxTransformer2DModel is told 1.
+        time_scale: the number that a flow-matching network gets at time 1; None is the scheduler's
+            ``num_train_timesteps``. FluxTransformer2DModel gets 1.
 
     Returns:
         A `VP`, `EDM` or `Flow`.
 
     Raises:
-        TypeError, ValueError: where model or scheduler are none of these.
+        TypeError, ValueError: if model or scheduler are none of these.
     """
     if not isinstance(model, nn.Module):
         _checks.fail_type("model", "be an nn.Module", model)

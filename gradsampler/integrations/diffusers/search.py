@@ -98,14 +98,14 @@ def optimize(
     generator: Any = None,
     **arguments: Any,
 ) -> OptimizeResult:
-    """Ascends a reward of a pipeline's images over the initial noise.
+    """Optimises the initial noise for a reward of a pipeline's images.
 
-    The pipeline's weights are frozen for the time of the call.
+    The pipeline's weights are frozen during the call.
 
     Args:
         pipe: a `diffusers.DiffusionPipeline`.
         reward: from images [B, 3, H, W] in [0, 1], as the pipeline's ``output_type="pt"`` gives
-            them, to scores [B] or a scalar, whose mean is ascended.
+            them, to scores [B] or a scalar; their mean is maximised.
         latents: the noise to begin with; None is what the pipeline draws.
         steps: updates of the noise.
         lr: learning rate.
@@ -115,11 +115,11 @@ def optimize(
         grad_clip: largest norm of the gradient.
         memory, method: as for `pipeline`.
         decode: as the `memory` of `decode`.
-        noise: in the place of what the scheduler draws. Where it draws, each run of the
-            optimisation begins with the same state of ``generator``.
+        noise: replaces what the scheduler draws. If it is None, each run of the optimisation
+            begins with the same state of ``generator``.
         pictures: a folder that gets the images of every ``every``-th step, as PNG.
-        checkpoint: a file saved after each step, from which a second call goes on.
-        identity: what else makes the optimisation the same one, such as a name for the reward.
+        checkpoint: a file saved after each step, from which a second call continues.
+        identity: further facts that the file's run must agree in, such as a name for the reward.
         progress: shows a bar.
         check_finite: stops before a NaN or an infinity reaches the noise.
         generator: as for the pipeline.

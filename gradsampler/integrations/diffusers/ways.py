@@ -29,7 +29,7 @@ _CALLBACKS = ("callback_on_step_end", "callback")
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which way a call goes, and what stands against those that are better."""
+    """Which method a call uses, and why a better one is not possible."""
 
     method: str  # "program" | "steps" | "calls"
     against: Mapping[str, str] = field(default_factory=dict)  # by way, the reason
@@ -44,15 +44,15 @@ def pipeline(pipe: Any, memory: str | Memory = "auto", method: str = "auto") -> 
     """Makes a diffusers pipeline differentiable.
 
     Args:
-        pipe: a `diffusers.DiffusionPipeline`, which stays as it is.
+        pipe: a `diffusers.DiffusionPipeline`; it is not changed.
         memory: what is kept for backward: a name of `gradsampler.memory.names()` or an object. With
-            "calls" it is "auto", "checkpoint" or "store". "auto" leaves room for the decoder where
-            images are asked for, and `memory.Auto(after=loss)` for that loss of the latents.
-        method: "program" runs the scheduler's table of coefficients around the models, with every
-            memory strategy, any `noise` and gradients to ``levels``; its sample is the pipeline's
-            to rounding. "steps" runs the turns of the pipeline's loop one by one, with every
-            strategy for step maps, and "calls" the pipeline's own code as it is; their samples
-            are the pipeline's to the bit. "auto" is the first of them that this call can go.
+            "calls" it is "auto", "checkpoint" or "store". "auto" leaves room for the decoder if
+            images are asked for, and `memory.Auto(after=loss)` for a loss on the latents.
+        method: "program" runs the scheduler's coefficients around the models, with every memory
+            strategy, any `noise` and gradients to ``levels``; its sample is the pipeline's up to
+            rounding. "steps" runs the iterations of the pipeline's loop one by one, with every
+            strategy for step maps, and "calls" runs the pipeline's own code; their samples are the
+            pipeline's bit for bit. "auto" is the first of them that works for a call.
 
     Returns:
         A `Pipeline`: a callable with the pipeline's own arguments, which gives its latents.
@@ -67,9 +67,9 @@ def pipeline(pipe: Any, memory: str | Memory = "auto", method: str = "auto") -> 
 
 
 def explain(pipe: Any, **arguments: Any) -> Explanation:
-    """Says which way a call of a pipeline goes, and what stands against the better ones.
+    """Says which method a call of a pipeline uses, and why a better one is not possible.
 
-    Nothing is drawn from the caller's generators, and no denoiser is called.
+    Nothing is drawn from your generators, and no denoiser is called.
 
     Args:
         pipe: a `diffusers.DiffusionPipeline`.

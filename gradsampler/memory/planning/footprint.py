@@ -40,6 +40,7 @@ class Footprint:
     gradients: int  # bytes of the gradients of parameters, conditioning and levels
     sums: int  # bytes of their sums over calls
     largest_sum: int  # of these
+    compared: int  # bytes by which a call is compared with the one that is made again
     held: int  # bytes alive after the call
     forward_peak: int
     backward_peak: int
@@ -94,6 +95,7 @@ class _Probe(Adjoint):
         with counter, timed(x.device) as backward:
             gradients = self._pulled(call, cotangents)
         sums = [g.numel() * max(4, g.element_size()) for g in gradients]
+        compared = sum(sketch.size for each in self._sketches.values() for sketch in each)
         same = address(call.scaled) == address(x)
         self.footprint = Footprint(
             elements=x.numel(),
@@ -107,9 +109,10 @@ class _Probe(Adjoint):
             gradients=sum(size(g) for g in gradients),
             sums=sum(sums),
             largest_sum=max(sums, default=0),
-            held=held,
-            forward_peak=forward_peak,
-            backward_peak=max(counter.peak, held),
+            compared=compared,
+            held=held - compared,
+            forward_peak=forward_peak - compared,
+            backward_peak=max(counter.peak, held) - compared,
             forward_seconds=sum(self._seconds),
             backward_seconds=sum(backward),
             drawn=noise,

@@ -121,20 +121,20 @@ def plan(
 ) -> Plan:
     """Predicts what each memory strategy takes for a run and its backward.
 
-    It calls the denoiser once, at the first level, forward and backward, and takes all calls to be
-    like that one. Call it as the run will be called: under autocast, in train mode. Random state,
-    buffers and ``.grad`` stay as they are. Where the first call is slow for once (a kernel search,
-    a compilation), make one before, or the times are off; the bytes are not.
+    It calls the denoiser once, at the first level, forward and backward, and assumes that all calls
+    cost the same. Use the same circumstances as in the run: autocast, train mode. Random state,
+    buffers and ``.grad`` stay as they are. If the first call takes longer than others (a kernel
+    search, a compilation), make one before, or the times will be too large; bytes are right.
 
     Args:
         denoiser, z0, sigmas, solver, prediction, noise, churn, eta, s_noise: as for
             `gradsampler.sample`. A gradient to z0 is planned for.
-        start, final_denoise, cond, state_dtype, backend, modules: as for it, too.
-        after: from a sample [B, *state] to a scalar loss, such as
-            ``lambda x: loss(gs.decode(decoder, x))``: what it takes, forward and backward, counts
-            in all peaks. It is called once too.
-        gradient: as for it, too. The steps and calls that a policy leaves out cost less; ``factor``
-            is the time over that of store with the exact gradient.
+        start, final_denoise, cond, state_dtype, backend, modules: as for `gradsampler.sample`.
+        after: a function from a sample [B, *state] to a scalar loss, such as
+            ``lambda x: loss(gs.decode(decoder, x))``. It is called once too, and what it takes,
+            forward and backward, is included in all peaks.
+        gradient: as for `gradsampler.sample`. Steps and calls that a policy leaves out cost less;
+            ``factor`` is the time relative to store with the exact gradient.
         budget: bytes, or a text such as "8GiB" (1024^3) or "500MB"; None is what is free now on
             the device of z0.
 
@@ -153,9 +153,9 @@ def plan(
         >>> z0, levels = torch.zeros(4, 4096), gs.schedules.karras(50)
         >>> plan = gs.memory.plan(lambda x, sigma: x.tanh().cos(), z0, levels, budget="1MB")
         >>> [row.name for row in plan], [row.evaluations for row in plan]
-        (['store', 'checkpoint', 'revolve:4'], [1.0, 2.0, 3.88])
+        (['store', 'checkpoint', 'revolve:3'], [1.0, 2.0, 4.6])
         >>> plan.best
-        Revolve(slots=4, further=0, to='cpu')
+        Revolve(slots=3, further=0, to='cpu')
     """
     z0 = _checks.batched("z0", z0).detach()
     if after is not None and not callable(after):

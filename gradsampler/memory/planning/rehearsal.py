@@ -120,6 +120,7 @@ class Rehearsal:
 
     def checkpoint(self) -> Cost:
         """All states, one call's activations."""
+        self._compared()
         states, evaluations = list[Block](), iter(self._evaluations)
 
         def evaluate(x: Block) -> Sequence[Block]:
@@ -133,6 +134,7 @@ class Rehearsal:
 
     def offload(self) -> Cost:
         """All states on the host, two on their way."""
+        self._compared()
         states, evaluations = deque[Block](), iter(self._evaluations)
 
         def evaluate(x: Block) -> Sequence[Block]:
@@ -153,6 +155,7 @@ class Rehearsal:
     def reversible(self, width: int) -> Cost:
         """Two integers of ``width`` bytes an element, and no states."""
         cost = self._footprint
+        self._compared()
         self._heap.new(2 * width * cost.elements)
         x = self._heap.new(cost.state)
         injections = max(len(stage.injections) for stage in self._program.stages)
@@ -178,6 +181,7 @@ class Rehearsal:
 
     def revolve(self, slots: int) -> Cost:
         """Snapshots, at most ``slots`` at a time, by the schedule of `memory.Revolve`."""
+        self._compared()
         schedule = multistage.schedule(len(self._starts) - 1, slots)
         snapshots: dict[int, Table] = {}
         work: Table = {}
@@ -221,6 +225,10 @@ class Rehearsal:
         work.clear()  # but for the output, which stays to the end
         self._transposed(again, skipped=again)
         return self._cost()
+
+    def _compared(self) -> None:
+        """What calls are compared by, of all of them."""
+        self._heap.new(self._footprint.compared * len(self._evaluations))
 
     def _cost(self, host: int = 0) -> Cost:
         return Cost(self._heap.peak, host, self._calls, self._pulled)
