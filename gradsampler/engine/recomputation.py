@@ -126,7 +126,7 @@ class _Call:
 
     def _sketched(self, outputs: Sequence[Tensor]) -> list[Sketch]:
         precisions = self._circumstances.precisions
-        return [Sketch.of(outputs[k], precisions) for k in self._floating]
+        return [Sketch.summed(outputs[k], precisions) for k in self._floating]
 
     def pulled(
         self, cotangents: Sequence[Tensor | None], tensors: Sequence[Tensor], wanted: Sequence[bool]

@@ -46,13 +46,16 @@ class Sketch(NamedTuple):
     @classmethod
     def of(cls, output: Tensor, dtypes: Iterable[torch.dtype] = ()) -> "Sketch":
         """Reads an output, which was computed in its own dtype or in one of ``dtypes``."""
-        rounding = _ROUNDING.get(output.dtype, 2e-2)
-        for dtype in dtypes:
-            rounding = max(rounding, _ROUNDING.get(dtype, 2e-2))
+        if output.numel() > _FEW:
+            return cls.summed(output, dtypes)
+        copy = output.detach().clone(memory_format=torch.contiguous_format)
+        return cls(copy, 1, _rounding(output, dtypes))
+
+    @classmethod
+    def summed(cls, output: Tensor, dtypes: Iterable[torch.dtype] = ()) -> "Sketch":
+        """As `of`, with sums of any output: of a network's parts there may be many small ones."""
         count, flat = output.numel(), output.detach()
-        if count <= _FEW:
-            return cls(flat.clone(memory_format=torch.contiguous_format), 1, rounding)
-        terms = _terms(count)
+        terms, rounding = _terms(count), _rounding(output, dtypes)
         if count % terms:
             flat = pad(flat.flatten(), (0, -count % terms))
         # The elements of a sum are far apart, so that the rows are read in their order.
@@ -72,6 +75,10 @@ class Sketch(NamedTuple):
         """Whether another call's output is known at once to be the same, to the bit."""
         copied = self.terms == 1 and self.sums.device.type == "cpu" and again.device.type == "cpu"
         return copied and self.sums.dtype == again.dtype and torch.equal(self.sums, again)
+
+
+def _rounding(output: Tensor, dtypes: Iterable[torch.dtype]) -> float:
+    return max(_ROUNDING.get(dtype, 2e-2) for dtype in (output.dtype, *dtypes))
 
 
 def changed(pairs: Sequence[tuple[Sketch, Sketch]]) -> list[bool]:
