@@ -130,7 +130,7 @@ class Cotangents:
         self._pullback: Pullback | None = None
         self._ended = False
         self._dead: Set[Slot] = set()
-        self._reuses = trajectory.backend.writes and large(z0)
+        self._reuses = trajectory.backend.writes and large(z0) and not whole  # by descents
         self._spare: list[Tensor] = []  # the last cotangent of an output that was pulled back
 
     @property
