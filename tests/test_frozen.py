@@ -96,7 +96,7 @@ def test_what_a_layer_keeps(name):
 
 @cache
 def warm(memory):
-    """A run before those that are measured: a process keeps a little for all of its runs."""
+    """A run before those that are measured: sums of outputs have their weights once a process."""
     net, z0 = network(dtype=torch.float32), leaf(normal(*IMAGE).float())
     x = gs.sample(lambda x, sigma: net(x), z0, gs.schedules.karras(2), memory=memory)
     x.sum().backward()

@@ -132,6 +132,7 @@ class Layout:
                 changes[name] = self._learned(value)
             elif isinstance(value, Tensor) and value.requires_grad:
                 changes[name] = self._summed(value)
+        # With changes it has fields, so it is a dataclass, which the checker cannot follow.
         return replace(source, **changes) if changes else source  # type: ignore[type-var]
 
     def _summed(self, x: Tensor) -> Tensor:
@@ -240,12 +241,10 @@ class Placed(Parameterization):
         _checks.shape(name, output, self._layout.shape)
         placed = (output.shape, output.device_mesh, output.placements)
         own, _ = compute_local_shape_and_global_offset(*placed)
-        if tuple(output._local_tensor.shape) != tuple(
-            own
-        ):  # torch 2.13's convolution of a cut image
+        there = list(output._local_tensor.shape)
+        if there != list(own):  # as of torch 2.13's convolution of a cut image
             hint = "an operation of DTensor in it is wrong; examples/cut_unet.py has convolutions"
-            got = list(output._local_tensor.shape)
-            _checks.fail(name, f"have a part of {list(own)}, as its placements say", got, hint)
+            _checks.fail(name, f"have a part of {list(own)}, as its placements say", there, hint)
         return part(output, self._layout.placements)
 
 

@@ -6,7 +6,7 @@ as well; gradients of the parameters are DTensors, summed over the calls of a ru
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class TensorParallel(Wrapper):
         for module in modules:
             for p in module._parameters.values():
                 if _checks.distributed(p):
-                    mesh = p.device_mesh  # type: ignore[union-attr]
+                    mesh = cast(Any, p).device_mesh
                     meshes.setdefault(id(mesh), mesh)
         return [cls(list(meshes.values()))] if meshes else []
 

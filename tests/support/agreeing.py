@@ -23,23 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsampler as gs
 from gradsampler.memory import capacity
+from support.cases import Cases
 from support.problems import normal
 from support.sharing import F64, LEVELS, SIZE, ddp, euler, fsdp, full, network
 
 SIGMAS = torch.tensor(LEVELS, dtype=F64)
 
 
-CASES = {}
-
-
-def case(function):
-    """Makes a function a case, which has its name."""
-    CASES[function.__name__] = function
-    return function
-
-
-def run(name):
-    CASES[name]()
+case = CASES = Cases()
+run = CASES.run
 
 
 def z0(iteration=0):

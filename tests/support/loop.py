@@ -63,12 +63,8 @@ class Bare(diffusers.DiffusionPipeline):
         return (latents,) if not return_dict else {"latents": latents}
 
 
-class Corrected(diffusers.DiffusionPipeline):
+class Corrected(Bare):
     """Algorithm 2 of Karras et al. 2022 as in KarrasVePipeline, without its images."""
-
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(

@@ -10,20 +10,12 @@ import torch
 import torch.distributed as dist
 
 import gradsampler as gs
+from support.cases import Cases
 from support.problems import normal
 
 SIGMAS = gs.schedules.karras(4, sigma_min=0.1, sigma_max=5.0)
-CASES = {}
-
-
-def case(function):
-    """Makes a function a case, which has its name."""
-    CASES[function.__name__] = function
-    return function
-
-
-def run(name):
-    CASES[name.split()[0]](*name.split()[1:])
+case = CASES = Cases()
+run = CASES.run
 
 
 def denoiser(x, sigma, shift=None):
@@ -91,7 +83,10 @@ def an_error_of_one_rank_is_one_on_all(folder):
     error = KeyError if rank == 1 else RuntimeError
     with pytest.raises(error, match="a failure of the user's"):
         gs.optimize(denoiser, z0, SIGMAS, failing, **options)
-    nan = lambda x: loss(x) * (torch.nan if rank == 0 else 1.0)  # noqa: E731
+
+    def nan(x):
+        return loss(x) * (torch.nan if rank == 0 else 1.0)
+
     with pytest.raises(gs.NonFiniteError, match="loss of optimisation step 2 must be finite"):
         gs.optimize(denoiser, z0, SIGMAS, nan, **options)
     with pytest.raises((ValueError, OSError, RuntimeError), match="lie in a folder that exists"):

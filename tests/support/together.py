@@ -11,22 +11,14 @@ import torch.distributed as dist
 from torch import nn
 
 import gradsampler as gs
+from support.cases import Cases
 from support.problems import normal
 
 F64 = torch.float64
 SIGMAS = gs.schedules.karras(4, sigma_min=0.1, sigma_max=5.0)
 STRATEGIES = ["store", "checkpoint", "auto", "revolve:2", gs.memory.Truncated(2)]
-CASES = {}
-
-
-def case(function):
-    """Makes a function a case, which has its name."""
-    CASES[function.__name__] = function
-    return function
-
-
-def run(name):
-    CASES[name]()
+case = CASES = Cases()
+run = CASES.run
 
 
 class Gathered(torch.autograd.Function):
