@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(native.available() is not None, reason="needs th
 SIGMAS = gs.schedules.karras(5, sigma_min=0.1, sigma_max=5.0)
 SIZE = 2**18  # a MiB in float32
 
+ARRAYS = (memoryview, np.ndarray)  # copied first: old NumPy's may be read alone
 HOLDS = {
     "itself": lambda x: x,
     "view": lambda x: x[:, 3:9],
@@ -47,7 +48,7 @@ def values(held):
         return torch.tensor([], dtype=torch.float32).set_(held).clone()
     if type(held).__name__ == "PyCapsule":
         return torch.utils.dlpack.from_dlpack(held).clone()
-    return torch.as_tensor(np.array(held) if isinstance(held, memoryview) else held).clone()
+    return torch.as_tensor(np.array(held) if isinstance(held, ARRAYS) else held).clone()
 
 
 @pytest.fixture

@@ -88,10 +88,11 @@ class Parallel:
 def _refuse_unsummed(modules: Sequence[nn.Module]) -> None:
     """Raises for diffusers' context parallelism, whose backward leaves shares, where none sums."""
     shared = [each for each in modules if isinstance(each, Wrapper)]
-    within = {id(x) for each in shared for x in each.modules()}
+    # A pipeline's stand-in for a network shares its attributes, and calls it by the wrapper.
+    within = {id(vars(x)) for each in shared for x in each.modules()}
     for module in modules:
         config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
-        if config is not None and id(module) not in within:
+        if config is not None and id(vars(module)) not in within:
             _checks.fail(
                 "denoiser: a network with context parallelism",
                 "have its gradients summed over the ranks",

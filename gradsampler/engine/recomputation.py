@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from gradsampler import _checks, transforms
 from gradsampler.engine import graph
+from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.circumstances import Circumstances
 from gradsampler.engine.parts import Seen
 from gradsampler.engine.program import Evaluation, Slot
@@ -34,6 +35,7 @@ def recomputed(
     *,
     roots: Sequence[object] = (),
     name: str = "the model",
+    agreement: Agreement | None = None,
 ) -> Any:
     """``function(*args, **kwargs)``, which backward calls once more.
 
@@ -46,6 +48,7 @@ def recomputed(
         roots: what it is made of, where its generators and buffers are looked for; without any,
             the function and its arguments.
         name: what errors call the function.
+        agreement: with the ranks that make the same call, all of which raise an error of one.
 
     Returns:
         What the function returns: a tensor, or a structure of tensors known to torch's pytrees.
@@ -64,7 +67,8 @@ def recomputed(
     if not torch.is_grad_enabled():
         return function(*args, **(kwargs or {}))
     transforms.refuse(f"{name}: memory", "another strategy")
-    call = _Call(function, args, kwargs or {}, roots or (function, args, kwargs), name)
+    seen = roots or (function, args, kwargs)
+    call = _Call(function, args, kwargs or {}, seen, name, agreement or Agreement())
     return call.connected()
 
 
@@ -78,6 +82,7 @@ class _Call:
         kwargs: Mapping[str, Any],
         roots: Sequence[object],
         name: str,
+        agreement: Agreement,
     ) -> None:
         leaves, self._structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
         self._places = [k for k, x in enumerate(leaves) if isinstance(x, Tensor)]
@@ -85,7 +90,8 @@ class _Call:
         self._constants = [None if isinstance(x, Tensor) else x for x in leaves]
         self._function, self._name = function, name
         device = self._tensors[0].device if self._tensors else torch.get_default_device()
-        self._circumstances = Circumstances(device, Seen(*roots))
+        self._agreement = agreement
+        self._circumstances = Circumstances(device, Seen(*roots), agreement=agreement)
 
     def connected(self) -> Any:
         """Makes the call for the first time and puts it into the autograd graph."""
@@ -160,11 +166,13 @@ class _Call:
                 )
             for k, gradient in zip(asked, pulled, strict=True):
                 gradients[k] = gradient
-        if any(other):
-            raise ReplayError(
+        failure = next(iter(self._circumstances.failures.values()), None)
+        if self._agreement.any(any(other) or failure is not None):
+            raise failure or ReplayError(
                 f"{self._name} must return the same when it is called again, got another output; "
                 "does it draw from a generator that is not seen in it, as numpy's, or were weights "
                 "or inputs changed since? memory='store' calls it once"
+                f"{self._agreement.elsewhere(any(other))}"
             )
         return gradients
 

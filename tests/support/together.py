@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 import gradsampler as gs
+from gradsampler.memory import capacity
 from support.cases import Cases
 from support.problems import normal
+from support.runs import leaf
 
 F64 = torch.float64
 SIGMAS = gs.schedules.karras(4, sigma_min=0.1, sigma_max=5.0)
@@ -170,7 +172,7 @@ def diffusers_context_parallelism():
     pytest.importorskip("diffusers")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from diffusers import ContextParallelConfig, FluxTransformer2DModel
+        from diffusers import FluxTransformer2DModel
 
         torch.manual_seed(0)
         plain = FluxTransformer2DModel(
@@ -184,10 +186,7 @@ def diffusers_context_parallelism():
             pooled_projection_dim=32,
             axes_dims_rope=[4, 4, 8],
         ).requires_grad_(False)
-        parallel = copy.deepcopy(plain)
-        parallel.set_attention_backend("native")
-        with patch("torch.accelerator.device_count", lambda: 1):  # none at all, it divides by that
-            parallel.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+        parallel = cut(copy.deepcopy(plain))
         text, pooled = normal(1, 8, 32, seed=1).float(), normal(1, 32, seed=2).float()
         ids = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], -1)
 
@@ -229,6 +228,79 @@ def diffusers_context_parallelism():
                 assert (got - expected).norm() < 1e-5 * expected.norm()
         with pytest.raises(ValueError, match="replicated"):
             gs.sample(denoiser(parallel), z0, gs.schedules.flow(3), prediction="flow", cond=cond)
+
+
+def cut(network):
+    """A transformer of diffusers whose tokens lie on two ranks."""
+    from diffusers import ContextParallelConfig
+
+    network.set_attention_backend("native")
+    with patch("torch.accelerator.device_count", lambda: 1):  # none at all, it divides by that
+        network.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    return network
+
+
+@case
+def diffusers_pipelines_sum_without_being_asked():
+    """Flux in all three ways, and as a denoiser: the gradients are those of one device."""
+    pytest.importorskip("diffusers")
+    warnings.simplefilter("ignore")
+    from gradsampler.integrations import diffusers as gsd
+    from support import pipelines
+
+    flux = pipelines.CASES["flux"]
+
+    def found(pipe, **options):
+        arguments = flux.arguments()
+        for seed, name in enumerate(("prompt_embeds", "negative_prompt_embeds")):
+            arguments[name] = leaf(normal(1, 8, 8, seed=seed).float())  # as many for each rank
+        x = gsd.pipeline(pipe, **options)(**arguments)
+        return [
+            x,
+            *torch.autograd.grad(
+                x.square().sum(), [arguments[n] for n in ("latents", "prompt_embeds")]
+            ),
+        ]
+
+    def alike(got, expected):
+        for x, y in zip(got, expected, strict=True):
+            assert (x - y).norm() < 1e-5 * y.norm()
+
+    plain, parallel = flux.build(), flux.build()
+    cut(parallel.transformer)
+    for method, memory in (
+        ("program", "store"),
+        ("program", "checkpoint"),
+        ("program", "revolve:2"),
+        ("steps", "checkpoint"),
+        ("calls", "store"),
+        ("calls", "checkpoint"),
+        ("calls", "auto"),
+    ):
+        options = {"method": method, "memory": memory}
+        alike(found(parallel, **options), found(plain, **options))
+    # Where only one rank has room, neither may repeat calls that the other keeps.
+    real, capacity.free = capacity.free, lambda device: [2**40, 0][dist.get_rank()]
+    try:
+        got = found(parallel, method="calls", memory="auto")
+    finally:
+        capacity.free = real
+    alike(got, found(plain, method="calls", memory="store"))
+
+    gradients = []
+    for pipe in (plain, parallel):
+        denoiser = gsd.denoiser_from(pipe.transformer, pipe.scheduler, time_scale=1.0)
+        z0, text = leaf(normal(1, 4, 16).float()), leaf(normal(1, 8, 8, seed=1).float())
+        cond = {
+            "encoder_hidden_states": text,
+            "pooled_projections": normal(1, 8, seed=2).float(),
+            "txt_ids": torch.zeros(8, 3),
+            "img_ids": torch.stack([torch.zeros(4), torch.arange(4) // 2, torch.arange(4) % 2], -1),
+            "guidance": torch.ones(1),
+        }
+        x = gs.sample(denoiser, z0, SIGMAS, cond=cond)
+        gradients.append([x, *torch.autograd.grad(x.square().sum(), [z0, text])])
+    alike(gradients[1], gradients[0])
 
 
 @case

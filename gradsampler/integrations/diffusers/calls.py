@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline's own loop under autograd, in which only the models' activations are recomputed."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
+from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.recomputation import recomputed
 from gradsampler.integrations.diffusers import decoding
 from gradsampler.integrations.diffusers.draws import replaced
+from gradsampler.integrations.diffusers.networks import unwrapped
 from gradsampler.integrations.diffusers.rehearsal import bound
 from gradsampler.integrations.diffusers.session import Session
 from gradsampler.memory import Auto, Checkpoint, Memory, Store, capacity, resolve
@@ -35,7 +38,7 @@ def run(session: Session, memory: str | Memory, noise: NoiseSource | None) -> An
     if isinstance(strategy, Auto):
         session.model = _Kept(session, strategy)
     elif isinstance(strategy, Checkpoint):
-        session.model = _recomputed
+        session.model = partial(_recomputed, agreement=session.agreement)
     elif not isinstance(strategy, Store):
         _checks.fail(
             "memory",
@@ -66,8 +69,12 @@ class _Replaced:
         return replaced(self._session.glue, own, arguments, self._noise, self._z0, i, count)
 
 
-def _recomputed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return recomputed(module, args, kwargs, name=type(module).__name__)
+def _recomputed(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], agreement: Agreement
+) -> Any:
+    return recomputed(
+        module, args, kwargs, name=type(unwrapped(module)).__name__, agreement=agreement
+    )
 
 
 class _Kept:
@@ -82,6 +89,7 @@ class _Kept:
         if callable(strategy.after):
             _checks.fail("Auto: after", "be bytes where the pipeline runs its own loop", "a loss")
         self._session, self._after = session, strategy.after
+        self._agreement = session.agreement
         self._sizes: dict[int, int] = {}  # by module, bytes of one call's graph
         self._room: float | None = None
 
@@ -95,14 +103,15 @@ class _Kept:
         if size is None:
             with Saved(module.buffers()) as saved:
                 result = module(*args, **kwargs)
-            self._sizes[id(module)] = size = saved.beside([])
+            self._sizes[id(module)] = size = int(self._agreement.largest(saved.beside([])))
             # The backward of a recomputed call takes as much again.
             self._room -= 2 * size
+            (self._room,) = self._agreement.least(self._room)
             return result
         if size <= self._room:
             self._room -= size
             return module(*args, **kwargs)
-        return _recomputed(module, args, kwargs)
+        return _recomputed(module, args, kwargs, self._agreement)
 
     def _reserved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Bytes for what follows the run: the caller's number, or what a decode keeps."""

@@ -8,11 +8,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradsampler import _checks
+from gradsampler.distributed.replication import Replicated, replicated
 from gradsampler.parameterization import EDM, VP, Flow, Parameterization
 
 __all__ = ["denoiser_from"]
 
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+
+
+def summed(model: nn.Module) -> nn.Module:
+    """The network; with diffusers' context parallelism, as `gradsampler.distributed.replicated`."""
+    config = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    return model if config is None else replicated(model, config._flattened_mesh.get_group())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network that `summed` was given."""
+    return model.module if isinstance(model, Replicated) else model
 
 
 def denoiser_from(
@@ -25,7 +37,7 @@ def denoiser_from(
 
     Args:
         model: a network of `diffusers.models`, called with a state, a timestep by name and what
-            ``cond`` holds.
+            ``cond`` holds. With context parallelism its gradients are summed over the ranks.
         scheduler: one with ``alphas_cumprod``, of EDM or of flow matching.
         time_scale: the number that a flow-matching network gets at time 1; None is the scheduler's
             ``num_train_timesteps``. FluxTransformer2DModel gets 1.
@@ -38,6 +50,7 @@ def denoiser_from(
     """
     if not isinstance(model, nn.Module):
         _checks.fail_type("model", "be an nn.Module", model)
+    model = summed(model)
     config = getattr(scheduler, "config", {})
     name, prediction = type(scheduler).__name__, config.get("prediction_type", "epsilon")
     if "FlowMatch" in name or prediction == "flow_prediction":
@@ -58,7 +71,7 @@ def denoiser_from(
 
 def _called(model: nn.Module, scale: float = 1.0) -> Callable[..., Tensor]:
     """The network as a function of state, timestep and conditioning."""
-    names = list(inspect.signature(model.forward).parameters)
+    names = list(inspect.signature(unwrapped(model).forward).parameters)
     time = next((name for name in ("timestep", "timesteps", "t") if name in names), names[1])
     plain = {"return_dict": False} if "return_dict" in names else {}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradsampler.integrations.diffusers import parts
 from gradsampler.integrations.diffusers.loop import Head, Loop, Names
+from gradsampler.integrations.diffusers.networks import unwrapped
 from gradsampler.integrations.diffusers.session import Outputs, Session
 from gradsampler.repetition import RandomState
 
@@ -213,6 +214,7 @@ class _Mock:
         self._generator = torch.Generator().manual_seed(0x5EED)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = unwrapped(module)
         config = getattr(module, "config", None)
         denoiser = hasattr(config, "in_channels") and "ControlNet" not in type(module).__name__
         x = _input(args, kwargs)

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsampler import _checks
+from gradsampler.engine.agreement import Agreement
 from gradsampler.engine.recomputation import recomputed
 from gradsampler.engine.substitution import stand_in, subclass
+from gradsampler.engine.wrapper import Wrapper
 from gradsampler.integrations.diffusers import decoding, parts
 from gradsampler.integrations.diffusers.glue import Glue, Lifted
 from gradsampler.integrations.diffusers.loop import own_call
+from gradsampler.integrations.diffusers.networks import summed
 
 __all__ = ["Bar", "Outputs", "Session", "lifted"]
 
@@ -96,6 +99,9 @@ class Session:
         self.pipe.__dict__.update(self._swapped)
         self.pipe.__dict__["progress_bar"] = self._progress_bar
         self.pipe.__dict__["maybe_free_model_hooks"] = lambda: None
+        self._networks = {
+            id(part): summed(part) for part in vars(pipe).values() if isinstance(part, nn.Module)
+        }
         self.bars: list[Bar] = []
         self.drawn: list[Tensor] = []  # before the loop
 
@@ -134,8 +140,13 @@ class Session:
     @property
     def modules(self) -> list[nn.Module]:
         """The user's modules that a turn may call."""
-        parts = vars(self._original).values()
-        return [part for part in parts if isinstance(part, nn.Module) and not _is_encoder(part)]
+        return [part for part in self._networks.values() if not _is_encoder(part)]
+
+    @property
+    def agreement(self) -> Agreement:
+        """With the ranks that compute a network together, as they make the same calls."""
+        shared = [part for part in self.modules if isinstance(part, Wrapper)]
+        return Agreement([group for part in shared for group in part.groups()])
 
     @property
     def name(self) -> str:
@@ -186,7 +197,7 @@ class Session:
 
     def _called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with self.glue.paused():
-            return self.model(module, args, kwargs)
+            return self.model(self._networks[id(module)], args, kwargs)
 
     def _stepped(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.last = own(*args, **kwargs) if self.step is None else self.step(own, *args, **kwargs)
