@@ -92,13 +92,13 @@ def of_call(
     """
     trajectory, evaluation = witness.trajectory, call.evaluation
     given = trajectory.cond.tensors
-    x = call.x.detach().requires_grad_()
-    cond = [c.detach().requires_grad_(c.is_floating_point()) for c in given]
+    x = graph.input_of(call.x)
+    cond = [graph.input_of(c, differentiated=c.is_floating_point()) for c in given]
 
     with torch.enable_grad():
         since = graph.mark()
         outputs = witness.again(call, x, cond)
-    own = {id(x), *map(id, cond)}
+    own = {id(graph.leaf_of(y)) for y in (x, *cond)}
     leaves = [y for key, y in graph.reached(outputs, since).leaves.items() if key not in own]
 
     def at(of: str, values: Sequence[Tensor]) -> Point:

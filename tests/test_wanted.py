@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gradsampler as gs
 from gradsampler.engine.recomputation import recomputed
+from gradsampler.integrations.k_diffusion import log_likelihood
 from support.problems import normal
 from support.runs import leaf
 from support.strategies import STRATEGIES
@@ -92,6 +93,21 @@ def test_parameters_of_a_single_call(network):
     assert counter.get_total_flops() == (2 + 2 + 4) * PRODUCT
 
 
+def convolved(x, network):
+    """Operations of a decode and of its backward to x."""
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(gs.decode(network, x, memory="halo", tile=6).sum(), x)
+    return counter.get_total_flops()
+
+
+def test_weights_of_a_decoder():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 3, padding=1))
+    x = leaf(normal(1, 3, 12, 12).float())
+    trained = convolved(x, network)
+    assert trained == convolved(x, network.requires_grad_(False))
+
+
 @pytest.mark.parametrize("memory", few(STRATEGIES, "checkpoint"))
 def test_hooks_on_what_modules_receive(network, memory, tmp_path):
     """As torch's trackers of modules set them; on leaves they fail."""
@@ -113,3 +129,22 @@ def test_hooks_on_what_modules_receive(network, memory, tmp_path):
     )
     x.sum().backward()
     assert len(seen) >= 4 * STEPS
+
+
+def test_a_check_and_a_likelihood_under_such_hooks(network):
+    def watch(module, args):
+        followed = [x for x in args if x.requires_grad]
+        if followed and torch.is_grad_enabled():
+            torch.autograd.graph.register_multi_grad_hook(followed, lambda grads: None)
+
+    network[0].register_forward_pre_hook(watch)
+    cond = {"shift": torch.ones(BATCH, WIDTH, dtype=torch.float64)}
+
+    def denoiser(x, sigma, shift):
+        return network(x + 0.1 * shift)
+
+    x = leaf(normal(BATCH, WIDTH))
+    assert gs.check(denoiser, x, SIGMAS, cond=cond).passed
+    pytest.importorskip("torchdiffeq")
+    found, _ = log_likelihood(denoiser, x, 0.1, 4.0, cond)
+    assert torch.autograd.grad(found.sum(), x)[0].isfinite().all()

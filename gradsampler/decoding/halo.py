@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gradsampler import _checks
+from gradsampler.engine import graph
 from gradsampler.engine.substitution import Call, replanted, stand_in
 
 __all__ = ["Normalized", "Piece", "exact_tiles", "field_of_view"]
@@ -288,7 +289,7 @@ class _Image:
         dx = torch.zeros_like(x)
         sums = [torch.zeros_like(p) for p in wanted]
         for tile in self._plan:
-            leaf = x[(..., *tile.padded)].clone().requires_grad_()
+            leaf = graph.input_of(x[(..., *tile.padded)].clone())
             with torch.enable_grad():
                 found = self._stack.run(leaf, self._given, tile)
             first, *rest = self._vjp(tile, found, g, lam, [leaf, *wanted])
@@ -330,7 +331,7 @@ class _Tiled(torch.autograd.Function):
         """The whole output, with the activations of one tile at a time."""
         ctx.stack, ctx.images = stack, [_Image(stack, plan) for _ in x]
         ctx.save_for_backward(x, *parameters)
-        parts = zip(ctx.images, x.split(1), strict=True)
+        parts = zip(ctx.images, x.detach().split(1), strict=True)
         return torch.cat([image.output(part) for image, part in parts])
 
     @staticmethod
@@ -341,7 +342,7 @@ class _Tiled(torch.autograd.Function):
                 "a decode by tiles must be differentiated once, got create_graph=True"
             )
         x, *parameters = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
+        _, *needs = graph.wanted(ctx)
         wanted = [p for p, need in zip(parameters, needs, strict=True) if need]
         parts = [
             image.pulled(each, dy, wanted)
@@ -420,7 +421,7 @@ def _reach(pieces: Sequence[Piece], x: Tensor, widths: Sequence[int] = (17, 33, 
     generator = torch.Generator().manual_seed(0)
     for width in widths:
         noise = torch.randn(1, x.shape[1], width, width, generator=generator)
-        probe = noise.to(x.device, x.dtype).requires_grad_()
+        probe = graph.input_of(noise.to(x.device, x.dtype))
         try:
             y, _ = stack.run(probe, given)
         except _NoImage:

@@ -119,6 +119,7 @@ class _Flow:
             with torch.enable_grad():
                 here = state[0] if graph and state[0].requires_grad else state[0].detach()
                 here = here if here.requires_grad else here.requires_grad_()
+                here = here.view_as(here)  # hooks on modules' inputs fail on leaves
                 denoised = self._model(here, sigma.to(here).expand(len(here)), **given)
                 d = to_d(here, sigma, denoised)
                 along = (d * self._direction).sum()
