@@ -26,6 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 import gradsampler as gs
 
 CALLS, BLOCKS, WIDTH = 8, 3, 64
+# The names of torch 2.13, and those before it.
+NEW = hasattr(dist, "all_gather_single")
+GATHER = "all_gather_single" if NEW else "all_gather_into_tensor"
+REDUCE = "reduce_scatter_single" if NEW else "reduce_scatter_tensor"
 MEMORIES = ["store", "checkpoint", "auto", "revolve:3", "reversible", "truncated:4"]
 
 
@@ -60,7 +64,7 @@ def bytes_of(group):
 def counted():
     """Counts collectives and the bytes of gathered parameters, until the end of the statement."""
     count, together = Counter(), set()
-    gather, reduce = dist.all_gather_single, dist.reduce_scatter_single
+    gather, reduce = getattr(dist, GATHER), getattr(dist, REDUCE)
     there, away = FSDPParamGroup._to_unsharded, FSDPParamGroup._to_sharded
 
     def gathers(*args, **kwargs):
@@ -83,12 +87,14 @@ def counted():
         away(group)
         together.discard(group)
 
-    dist.all_gather_single, dist.reduce_scatter_single = gathers, reduces
+    setattr(dist, GATHER, gathers)
+    setattr(dist, REDUCE, reduces)
     FSDPParamGroup._to_unsharded, FSDPParamGroup._to_sharded = comes, goes
     try:
         yield count
     finally:
-        dist.all_gather_single, dist.reduce_scatter_single = gather, reduce
+        setattr(dist, GATHER, gather)
+        setattr(dist, REDUCE, reduce)
         FSDPParamGroup._to_unsharded, FSDPParamGroup._to_sharded = there, away
 
 

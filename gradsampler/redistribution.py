@@ -7,8 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
+
+
+def joined(
+    x: Tensor,
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    shape: torch.Size,
+    stride: Sequence[int],
+) -> DTensor:
+    """The DTensor whose part on this rank is ``x``, as ``DTensor.from_local`` makes it.
+
+    A cotangent that is no DTensor, which an operation without a rule may give, is an error that
+    says so.
+
+    Args:
+        x: the part.
+        mesh, placements: how it is cut.
+        shape, stride: of the whole.
+    """
+    whole: DTensor = _Joined.apply(x, mesh, tuple(placements), (shape, tuple(stride)))
+    return whole
 
 
 def part(x: DTensor, placements: Sequence[Placement], shares: Sequence[Placement] = ()) -> Tensor:
@@ -24,6 +46,28 @@ def part(x: DTensor, placements: Sequence[Placement], shares: Sequence[Placement
     """
     own: Tensor = _Part.apply(x, tuple(placements), tuple(shares or placements))
     return own
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, placements: Any, sizes: Any) -> DTensor:
+        ctx.placements = placements
+        ctx.set_materialize_grads(False)
+        shape, stride = sizes
+        return DTensor.from_local(
+            x.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+
+    @staticmethod
+    def backward(ctx: Any, g: DTensor | None) -> tuple[Tensor | None, None, None, None]:
+        if g is None:
+            return None, None, None, None
+        if not isinstance(g, DTensor):
+            raise RuntimeError(
+                "the gradient of a DTensor in the denoiser must be a DTensor, got a Tensor; an "
+                "operation of DTensor in it is wrong; examples/cut_unet.py has convolutions"
+            )
+        return part(g, ctx.placements), None, None, None
 
 
 class _Part(torch.autograd.Function):

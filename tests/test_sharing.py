@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradsampler.app.cli import main
 from support import agreeing, ranks, searching, spread, together
@@ -185,4 +186,5 @@ def test_the_examples_run_in_short_forms(tmp_path):
     assert len(errors) == 3
     assert max(map(float, errors)) < 1e-12
     alone, together = map(int, re.search(r"(\d+) bytes alone, (\d+) a rank", said).groups())
-    assert together < 0.7 * alone
+    newest = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    assert together < (0.7 if newest else 0.85) * alone  # DTensor kept more of its moves before

@@ -27,7 +27,7 @@ from gradsampler.engine.program import Program
 from gradsampler.engine.wrapper import Wrapper
 from gradsampler.noise import Given, NoiseSource, Replayed, Sharded, SignedRoll
 from gradsampler.parameterization import Parameterization, Preconditioning
-from gradsampler.redistribution import part
+from gradsampler.redistribution import joined, part
 
 _MIXED = "mixed torch.Tensor and DTensor"
 
@@ -91,9 +91,7 @@ class Layout:
         if len(shape) < len(self.shape):
             placements = tuple(p if p == Shard(0) else Replicate() for p in placements)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            x.contiguous(), self.mesh, placements, run_check=False, shape=shape, stride=stride
-        )
+        return joined(x, self.mesh, placements, shape, stride)
 
     def program(self, program: Program) -> Program:
         """The program of a part, whose coefficients receive the sum over all parts."""

@@ -307,26 +307,31 @@ def what_cannot_be_served_is_an_error_at_the_door():
 
 @case
 def torchs_convolution_of_a_cut_image_is_no_silent_error():
-    """It gives a part for the whole in 2.13; where a version does better, its gradient counts."""
+    """It gives a part for the whole in 2.13, and loses the gradient's layout before; a run says so.
+
+    Where a version does better, its gradient counts.
+    """
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     plain = nn.Conv2d(3, 3, 3, padding=1, dtype=F64)
     net = distribute_module(copy.deepcopy(plain), mesh)
     whole = normal(1, 3, 4, 8).requires_grad_()
     z0 = distribute_tensor(whole.detach(), mesh, [Shard(3)]).requires_grad_()
-    try:
-        x = gs.sample(lambda x, s: net(x), z0, LEVELS)
-    except ValueError as caught:
-        error = caught
-    else:
-        error = None
-    if error is not None:
-        assert "examples/cut_unet.py has convolutions" in str(error)
-        return
-    expected = gs.sample(lambda x, s: plain(x), whole, LEVELS)
-    expected.square().sum().backward()
-    x.full_tensor().square().sum().backward()
-    torch.testing.assert_close(full(z0.grad), whole.grad, rtol=1e-12, atol=1e-12)
+
+    def error():
+        try:
+            x = gs.sample(lambda x, s: net(x), z0, LEVELS)
+            x.full_tensor().square().sum().backward()
+        except (ValueError, RuntimeError) as caught:
+            return str(caught)
+        return None
+
+    said = error()
+    assert said is None or "examples/cut_unet.py has convolutions" in said
+    if said is None:
+        expected = gs.sample(lambda x, s: plain(x), whole, LEVELS)
+        expected.square().sum().backward()
+        torch.testing.assert_close(full(z0.grad), whole.grad, rtol=1e-12, atol=1e-12)
 
 
 class Layer(nn.Module):
