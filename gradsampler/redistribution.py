@@ -21,7 +21,7 @@ def joined(
 ) -> DTensor:
     """The DTensor whose part on this rank is ``x``, as ``DTensor.from_local`` makes it.
 
-    A cotangent that is no DTensor, which an operation without a rule may give, is an error that
+    A cotangent that is no DTensor, or none at all, which wrong operations give, is an error that
     says so.
 
     Args:
@@ -60,12 +60,11 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: DTensor | None) -> tuple[Tensor | None, None, None, None]:
-        if g is None:
-            return None, None, None, None
-        if not isinstance(g, DTensor):
+        if not isinstance(g, DTensor):  # as of the convolution of a cut image before torch 2.13
             raise RuntimeError(
-                "the gradient of a DTensor in the denoiser must be a DTensor, got a Tensor; an "
-                "operation of DTensor in it is wrong; examples/cut_unet.py has convolutions"
+                "the gradient of a DTensor in the denoiser must be a DTensor, got "
+                f"{type(g).__name__}; an operation of DTensor in it is wrong; examples/cut_unet.py "
+                "has convolutions"
             )
         return part(g, ctx.placements), None, None, None
 
